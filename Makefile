@@ -1,0 +1,41 @@
+# make demo | test | check | bench | clean. All but the last set up .venv when it is out of date.
+
+PYTHON ?= python3
+# Where torch comes from. Empty is the default package index, whose Linux builds carry CUDA (several
+# GB); without a GPU: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip
+READY := .venv/.ready
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)
+	$(BIN)/dicache demo --out demo-output
+
+# Not `python -m pytest`: that would make the folder kernels/ importable under its bare name.
+test: $(READY)
+	$(BIN)/pytest -q -m "not gpu and not large"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+# pytest exits with 5 when there is no bench_*.py to run.
+bench: $(READY)
+	$(BIN)/pytest benchmarks -o python_files="bench_*.py" --benchmark-only --benchmark-autosave || [ $$? = 5 ]
+
+clean:
+	rm -rf build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
+
+# --no-deps: an index of torch builds need not carry the pinned versions of what torch depends on.
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt setuptools ninja pybind11
+	$(if $(TORCH_INDEX),$(PIP) install -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@

@@ -1,0 +1,27 @@
+"""dicache: the caching path for diffusion transformers (DiCache, arXiv 2508.17356).
+
+    from dicache import apply_dicache
+    apply_dicache(pipe)          # one line, then use the pipeline as before
+
+Importing this package imports neither diffusers nor Triton.
+"""
+
+from .config import DiCacheConfig
+from .integrations import apply_dicache, get_stats, remove_dicache, reset_dicache
+from .session import Decision, DiCacheSession, DiCacheWarning
+from .stats import RunStats, StepRecord
+
+__all__ = [
+    "Decision",
+    "DiCacheConfig",
+    "DiCacheSession",
+    "DiCacheWarning",
+    "RunStats",
+    "StepRecord",
+    "apply_dicache",
+    "get_stats",
+    "remove_dicache",
+    "reset_dicache",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,213 @@
+"""What to cache and when: `DiCacheConfig`, the published presets, and their validation.
+
+A configuration is immutable and complete: a session never reads anything else to decide. Every
+field is checked when the object is made, so a typo fails at once and not in the middle of a video.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+_ROUNDINGS = ("floor", "nearest", "next")
+_ERRORS = ("delta_y", "delta_minus", "alignment")
+_ALIGNMENTS = ("l1", "least_squares")
+_GRANULARITIES = ("batch", "sample")
+_BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
+
+
+@dataclass(frozen=True)
+class DiCacheConfig:
+    r"""Rules of one DiCache run.
+
+    `DiCacheConfig()` is this project's default: the probe verifies the trajectory (`error =
+    "alignment"`, `alignment = "least_squares"`). `DiCacheConfig.preset(name)` gives the published
+    rules of arXiv 2508.17356. Notation: x are the image or video tokens before block 0, p the same
+    tokens after the first `probe_depth` blocks, y after the last block, q = p - x, r = y - x.
+
+    Args:
+        threshold: A step is reused while the accumulated error stays below this value; >= 0, `inf`
+            allowed. `None` takes the model family's own value when the cache is applied.
+        reuse_at_threshold: Reuse also when the accumulated error equals the threshold.
+        probe_depth: Number of leading blocks that form the probe, >= 1.
+        retention_ratio: Share R of the N steps that is always computed at the start, 0 to 1.
+        retention_rounding: How R N becomes a number of steps: `"floor"` is floor(R N), `"nearest"`
+            floor(R N + 1/2), `"next"` floor(R N) + 1.
+        compute_last_step: Always compute the last step, without asking the gate.
+        error: What the gate accumulates. `"delta_y"`: mean|p - p_prev| / mean|p_prev|.
+            `"delta_minus"`: |delta_y - delta_x|, delta_x being the same ratio of x. `"alignment"`:
+            ||a - gamma d|| / ||q|| with a = q - q_old, d = q_new - q_old: how badly the trajectory
+            predicts the probe.
+        alignment: How gamma is solved. `"l1"`: mean|a| / mean|d| (the paper). `"least_squares"`:
+            <a, d> / <d, d>.
+        gamma_range: Bounds (low, high) that gamma is clipped to; `high` may be `None`.
+        max_consecutive_reuse: After that many reused steps in a row the next one is computed;
+            `None` sets no limit.
+        schedule: A mask such as `"CCCRRC"`, one letter a step and context: `C` runs all blocks and
+            records, `R` probes and reuses. It overrides threshold, retention, last step and
+            limit. Steps beyond the mask are computed.
+        num_inference_steps: Number N of steps of a run; `None` finds it at run time.
+        granularity: `"batch"` takes one decision for the whole batch, `"sample"` one a sample.
+        backend: Which implementation of the operators to use; see `dicache.ops`.
+
+    Raises:
+        ValueError: A field has a value outside its range; the message names all three.
+        NotImplementedError: `granularity="sample"`, which is planned and not there yet.
+    """
+
+    threshold: float | None = None
+    reuse_at_threshold: bool = False
+    probe_depth: int = 1
+    retention_ratio: float = 0.1
+    retention_rounding: str = "floor"
+    compute_last_step: bool = True
+    error: str = "alignment"
+    alignment: str = "least_squares"
+    gamma_range: tuple[float, float | None] = (0.0, None)
+    max_consecutive_reuse: int | None = None
+    schedule: str | None = None
+    num_inference_steps: int | None = None
+    granularity: str = "batch"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            self._check("threshold", _is_number(self.threshold, 0), "None or a number >= 0")
+        self._check_kind("reuse_at_threshold", bool, "True or False")
+        self._check_kind("compute_last_step", bool, "True or False")
+        self._check_count("probe_depth", optional=False)
+        self._check_count("max_consecutive_reuse")
+        self._check_count("num_inference_steps")
+        ratio_ok = _is_number(self.retention_ratio, 0) and self.retention_ratio <= 1
+        self._check("retention_ratio", ratio_ok, "a number from 0 to 1")
+        self._check_choice("retention_rounding", _ROUNDINGS)
+        self._check_choice("error", _ERRORS)
+        self._check_choice("alignment", _ALIGNMENTS)
+        self._check_choice("granularity", _GRANULARITIES)
+        self._check_choice("backend", _BACKENDS)
+        self._check_gamma_range()
+        self._check_schedule()
+        if self.error == "alignment" and self.alignment != "least_squares":
+            raise ValueError(
+                f"error='alignment' is the misfit of the least-squares gamma, but alignment is "
+                f"{self.alignment!r}. Expected alignment='least_squares', or another error."
+            )
+        if self.granularity == "sample":
+            raise NotImplementedError(
+                "granularity='sample' (one decision per sample of a batch) is not available yet. "
+                "Use granularity='batch', or generate the samples one by one."
+            )
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> DiCacheConfig:
+        """The published decision rule `name`, with single fields replaced by `overrides`.
+
+        Args:
+            name: `"flux"`, `"flux-delta-minus"`, `"hunyuan-video"` or `"wan2.1"`.
+            **overrides: Any field of `DiCacheConfig`.
+
+        Raises:
+            ValueError: There is no such preset or field.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"Unknown preset {name!r}. Expected one of {', '.join(_PRESETS)}.")
+        unknown = sorted(set(overrides) - {field.name for field in fields(cls)})
+        if unknown:
+            known = ", ".join(field.name for field in fields(cls))
+            raise ValueError(f"Unknown field {unknown[0]!r} for a preset. Expected one of {known}.")
+        return cls(**{**_PRESETS[name], **overrides})
+
+    @classmethod
+    def preset_names(cls) -> tuple[str, ...]:
+        """Names that `preset` accepts."""
+        return tuple(_PRESETS)
+
+    def retained_steps(self, num_inference_steps: int) -> int:
+        """Number of leading steps that are always computed in a run of `num_inference_steps`."""
+        steps = self.retention_ratio * num_inference_steps
+        if self.retention_rounding == "next":
+            return math.floor(steps) + 1
+        return math.floor(steps + 0.5 if self.retention_rounding == "nearest" else steps)
+
+    @property
+    def needs_num_inference_steps(self) -> bool:
+        """Whether a rule of this configuration depends on the length of the run."""
+        return self.schedule is None and (self.retention_ratio > 0 or self.compute_last_step)
+
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise ValueError(f"{name} is {getattr(self, name)!r}. Expected {expected}.")
+
+    def _check_kind(self, name: str, kind: type, expected: str) -> None:
+        self._check(name, isinstance(getattr(self, name), kind), expected)
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        expected = "one of " + ", ".join(repr(choice) for choice in choices)
+        self._check(name, getattr(self, name) in choices, expected)
+
+    def _check_count(self, name: str, optional: bool = True) -> None:
+        value = getattr(self, name)
+        valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        expected = "None or an integer >= 1" if optional else "an integer >= 1"
+        self._check(name, valid or (optional and value is None), expected)
+
+    def _check_gamma_range(self) -> None:
+        value = self.gamma_range
+        expected = "(low, high) with 0 <= low <= high; high may be None"
+        self._check("gamma_range", isinstance(value, (tuple, list)) and len(value) == 2, expected)
+        low, high = value
+        valid = _is_number(low, 0) and math.isfinite(low)
+        valid = valid and (high is None or _is_number(high, low))
+        self._check("gamma_range", valid, expected)
+        object.__setattr__(self, "gamma_range", (low, high))  # a list would not be hashable
+
+    def _check_schedule(self) -> None:
+        if self.schedule is None:
+            return
+        valid = (
+            isinstance(self.schedule, str) and self.schedule != "" and set(self.schedule) <= {*"CR"}
+        )
+        self._check("schedule", valid, "None or a mask of the letters C (compute) and R (reuse)")
+
+
+def _is_number(value: object, low: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= low
+
+
+_PUBLISHED: dict[str, Any] = {
+    "error": "delta_y",
+    "alignment": "l1",
+    "gamma_range": (1.0, 1.5),
+    "retention_ratio": 0.2,
+    "compute_last_step": False,
+}
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "flux": {
+        **_PUBLISHED,
+        "threshold": 0.4,
+        "retention_rounding": "next",
+        "compute_last_step": True,
+    },
+    "flux-delta-minus": {
+        **_PUBLISHED,
+        "threshold": 0.08,
+        "error": "delta_minus",
+        "retention_ratio": 0.0,
+        "retention_rounding": "next",
+        "compute_last_step": True,
+    },
+    "hunyuan-video": {
+        **_PUBLISHED,
+        "threshold": 0.1,
+        "reuse_at_threshold": True,
+        "retention_rounding": "floor",
+    },
+    "wan2.1": {
+        **_PUBLISHED,
+        "threshold": 0.08,
+        "retention_rounding": "nearest",
+        "gamma_range": (1.0, 2.0),
+    },
+}

@@ -1,0 +1,1 @@
+"""Tiny trained models, their drawn data and real diffusers pipelines around them."""

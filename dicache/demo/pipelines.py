@@ -1,0 +1,204 @@
+"""Trained demo models inside real diffusers pipelines: load, prepare a call, decode its result.
+
+The weights under ``models/`` were trained by ``benchmarks/train/train.py`` on the pictures of
+``shapes.py``. There is no VAE: a latent is the picture itself, folded 2x2 (pixel-unshuffle) to 12
+channels and scaled to [-1, 1], so every pipeline runs with ``output_type="latent"`` and ``decode``
+unfolds the result. Usage: ``pipe(**pipeline_inputs(name, prompt, seed, steps))``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+
+from dicache.demo import shapes
+
+DEMO_MODELS: tuple[str, ...] = ("flux", "hunyuan-video", "wan")
+MODEL_DIR = Path(__file__).parent / "models"
+FOLD = 2
+GUIDANCE_SCALE = {"flux": 3.5, "hunyuan-video": 6.0, "wan": 4.0}
+FLOW_SHIFT = {"flux": 1.0, "hunyuan-video": 3.0, "wan": 3.0}
+
+DemoTransformer = FluxTransformer2DModel | HunyuanVideoTransformer3DModel | WanTransformer3DModel
+DemoPipeline = FluxPipeline | HunyuanVideoPipeline | WanPipeline
+
+_TRANSFORMERS: dict[str, type[DemoTransformer]] = {
+    "flux": FluxTransformer2DModel,
+    "hunyuan-video": HunyuanVideoTransformer3DModel,
+    "wan": WanTransformer3DModel,
+}
+_PROMPTS: dict[str, list[str]] = {
+    "image": [
+        "red circle left, blue square right on white",
+        "yellow triangle top, purple ring bottom on black",
+        "green cross center on gray",
+        "pink circle left, cyan triangle right on black",
+        "orange ring center on white",
+        "blue cross top, red square bottom on gray",
+        "cyan square left, pink ring right on white",
+        "yellow circle center on black",
+    ],
+    "video": [
+        "red circle moves right on white",
+        "yellow triangle bounces on black",
+        "blue square moves down on gray",
+        "green ring grows on white",
+        "pink cross moves left on black",
+        "cyan circle bounces on gray",
+        "orange square shrinks on black",
+        "purple triangle moves up on white",
+    ],
+}
+
+
+def transformer_class(name: str) -> type[DemoTransformer]:
+    """The diffusers class of model ``name``."""
+    _check_name(name)
+    return _TRANSFORMERS[name]
+
+
+def load_transformer(name: str, dtype: torch.dtype = torch.float32) -> DemoTransformer:
+    """Load one of ``DEMO_MODELS`` from the package, in evaluation mode, in the given dtype."""
+    model: DemoTransformer = transformer_class(name).from_pretrained(
+        MODEL_DIR / name, torch_dtype=dtype, local_files_only=True
+    )
+    return model.eval()
+
+
+def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DemoPipeline:
+    """Put a demo model into its real diffusers pipeline; VAE and text encoders are None."""
+    return wrap_transformer(name, load_transformer(name, dtype))
+
+
+def wrap_transformer(name: str, transformer: DemoTransformer) -> DemoPipeline:
+    """Put a given transformer into the pipeline (and beside the scheduler) of model ``name``."""
+    _check_name(name)
+    parts: dict[str, Any] = {"transformer": transformer, "vae": None}
+    parts |= {"text_encoder": None, "tokenizer": None}
+    shift = FLOW_SHIFT[name]
+    if name == "wan":
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        )
+        pipe = WanPipeline(**parts, scheduler=scheduler)
+    else:
+        cls = FluxPipeline if name == "flux" else HunyuanVideoPipeline
+        parts |= {"text_encoder_2": None, "tokenizer_2": None}
+        pipe = cls(**parts, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipeline_inputs(
+    name: str, prompt: str | list[str], seed: int | list[int], num_inference_steps: int
+) -> dict[str, Any]:
+    """Everything a call of the pipeline needs, as keyword arguments.
+
+    A list of prompts makes a batch. A list of seeds has one per prompt; a single seed s stands
+    for s, s+1, ... over the batch, so that each sample depends on its own seed alone.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    for text in prompts:
+        shapes.parse_prompt(text, _kind(name))
+    text_embedding = shapes.encode_prompts(prompts)
+    inputs: dict[str, Any] = {
+        "prompt_embeds": text_embedding.embeds,
+        "generator": [torch.Generator().manual_seed(s) for s in _seeds(seed, len(prompts))],
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": GUIDANCE_SCALE[name],
+        "output_type": "latent",
+        **_geometry(name),
+    }
+    if name == "wan":
+        empty = shapes.encode_prompts([""] * len(prompts))
+        return inputs | {"negative_prompt_embeds": empty.embeds}
+    inputs["pooled_prompt_embeds"] = text_embedding.pooled
+    if name == "hunyuan-video":
+        inputs["prompt_attention_mask"] = text_embedding.mask
+    return inputs
+
+
+def decode(name: str, output: Any) -> torch.Tensor:
+    """Turn a pipeline's result, or its latents, into pictures in [0, 1] (float32).
+
+    Flux: [B, 3, H, W]. HunyuanVideo and Wan: [B, F, 3, H, W].
+    """
+    _check_name(name)
+    latents = _latents_of(output).float()
+    if name == "flux":
+        side = shapes.IMAGE_SIZE // FOLD
+        tokens = latents.unflatten(1, (side // 2, side // 2)).unflatten(-1, (-1, 2, 2))
+        latents = tokens.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, 12, h, w]
+    else:
+        latents = latents.transpose(1, 2)  # [B, F, 12, h, w]
+    return ((F.pixel_shuffle(latents, FOLD) + 1) / 2).clamp(0.0, 1.0)
+
+
+def encode_pictures(name: str, pictures: torch.Tensor) -> torch.Tensor:
+    """Inverse of ``decode``: pictures in [0, 1] to the latents that the transformer reads.
+
+    Flux: [B, 3, H, W] -> packed [B, 64, 48]. Video: [B, F, 3, H, W] -> [B, 12, F, H/2, W/2].
+    """
+    _check_name(name)
+    latents = F.pixel_unshuffle(2 * pictures - 1, FOLD)
+    if name != "flux":
+        return latents.transpose(1, 2)
+    blocks = latents.unflatten(-1, (-1, 2)).unflatten(2, (-1, 2))  # [B, 12, h/2, 2, w/2, 2]
+    return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def default_prompts(name: str) -> list[str]:
+    """Eight prompts that show what model ``name`` can draw."""
+    return list(_PROMPTS[_kind(name)])
+
+
+def _kind(name: str) -> shapes.Kind:
+    _check_name(name)
+    return "image" if name == "flux" else "video"
+
+
+def _check_name(name: str) -> None:
+    if name not in DEMO_MODELS:
+        raise ValueError(f"unknown demo model {name!r}; expected one of {', '.join(DEMO_MODELS)}")
+
+
+def _seeds(seed: int | list[int], count: int) -> list[int]:
+    if isinstance(seed, int):
+        return [seed + i for i in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"got {len(seed)} seeds for {count} prompts; expected one seed per prompt")
+    return list(seed)
+
+
+def _geometry(name: str) -> dict[str, int]:
+    """Sizes as the pipelines count them without a VAE: 8 per latent pixel, 4 per latent frame."""
+    if name == "flux":
+        side = 8 * (shapes.IMAGE_SIZE // FOLD)
+        return {"height": side, "width": side}
+    side = 8 * (shapes.VIDEO_SIZE // FOLD)
+    return {"height": side, "width": side, "num_frames": 4 * (shapes.VIDEO_FRAMES - 1) + 1}
+
+
+def _latents_of(output: Any) -> torch.Tensor:
+    for field in ("images", "frames"):
+        output = getattr(output, field, output)
+    latents = output[0] if isinstance(output, tuple) else output
+    if not isinstance(latents, torch.Tensor):
+        raise ValueError(
+            f"expected latents or a pipeline result made with output_type='latent', "
+            f"got {type(latents).__name__}"
+        )
+    return latents

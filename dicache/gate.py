@@ -1,0 +1,61 @@
+"""When to cache: the gate turns a step's error and the run's rules into an action.
+
+A gate belongs to one context of one run. It holds three numbers and knows neither tensors nor
+models. Whatever it cannot judge it answers with "compute" or "resume", never with "reuse".
+"""
+
+from __future__ import annotations
+
+import math
+
+from .config import DiCacheConfig
+
+
+class Gate:
+    """Online Probe Profiling (arXiv 2508.17356): accumulate the error, reuse while it is small."""
+
+    def __init__(self, config: DiCacheConfig) -> None:
+        if config.threshold is None and config.schedule is None:
+            raise ValueError(
+                "threshold is None, which stands for a model family's own value, and no model is "
+                "known here. Give DiCacheConfig(threshold=...) a number."
+            )
+        self.config = config
+        self.accumulated_error = 0.0
+        self.consecutive_reuse = 0
+
+    def wants_probe(self, step: int, num_inference_steps: int | None, is_last: bool) -> bool:
+        """Whether the step is judged at all; otherwise it runs all blocks."""
+        config = self.config
+        if config.schedule is not None:
+            return step < len(config.schedule) and config.schedule[step] == "R"
+        if config.needs_num_inference_steps and num_inference_steps is None:
+            return False
+        if config.compute_last_step and is_last:
+            return False
+        return num_inference_steps is None or step >= config.retained_steps(num_inference_steps)
+
+    def decide(self, error: float, gamma: float) -> str:
+        """ "reuse" or "resume" for a probed step; `accumulated_error` then holds what was compared.
+
+        A non-finite error or gamma resumes. Call `finish` when the step is done.
+        """
+        config = self.config
+        self.accumulated_error += error
+        if not (math.isfinite(error) and math.isfinite(gamma)):
+            return "resume"
+        if config.schedule is not None:
+            return "reuse"
+        limit = config.max_consecutive_reuse
+        if limit is not None and self.consecutive_reuse >= limit:
+            return "resume"
+        assert config.threshold is not None  # __init__ refuses it
+        below = self.accumulated_error < config.threshold
+        equal = config.reuse_at_threshold and self.accumulated_error == config.threshold
+        return "reuse" if below or equal else "resume"
+
+    def finish(self, reused: bool) -> None:
+        """Count a reused step, or start anew after a computed one."""
+        self.consecutive_reuse = self.consecutive_reuse + 1 if reused else 0
+        if not reused:
+            self.accumulated_error = 0.0

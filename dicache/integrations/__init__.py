@@ -1,0 +1,77 @@
+"""Model wrappers: thin code that puts a `DiCacheSession` into models, one row of data a family.
+
+The functions here import diffusers when they are called, not before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import DiCacheConfig
+from ..stats import RunStats
+from ._autoload import teach_diffusers
+from .families import BlockStack, ModelFamily, families, find_family, register_family
+
+__all__ = [
+    "BlockStack",
+    "ModelFamily",
+    "apply_dicache",
+    "families",
+    "find_family",
+    "get_stats",
+    "register_family",
+    "remove_dicache",
+    "reset_dicache",
+]
+
+
+def apply_dicache(pipe_or_transformer: Any, config: DiCacheConfig | None = None) -> None:
+    """Cache a pipeline's or a transformer's denoising steps with DiCache.
+
+    Args:
+        pipe_or_transformer: A diffusers pipeline (every supported transformer of it is cached,
+            and the number of steps is read from its scheduler) or a diffusers transformer.
+        config: The rules; `None` is `DiCacheConfig()`, this project's default.
+
+    Raises:
+        ValueError: The model is of no supported family, is cached already, or the configuration
+            does not fit it. The model is then unchanged.
+        TypeError: `config` is not a `DiCacheConfig`.
+    """
+    from .diffusers import apply
+
+    apply(pipe_or_transformer, config)
+
+
+def remove_dicache(pipe_or_transformer: Any) -> None:
+    """Take the cache off again. Warns where there is none."""
+    from .diffusers import remove
+
+    remove(pipe_or_transformer)
+
+
+def reset_dicache(pipe_or_transformer: Any) -> None:
+    """Free all cache state now; statistics stay.
+
+    Raises:
+        ValueError: There is no cache on the model.
+    """
+    from .diffusers import sessions
+
+    for session in sessions(pipe_or_transformer).values():
+        session.reset()
+
+
+def get_stats(pipe_or_transformer: Any) -> RunStats | dict[str, RunStats]:
+    """Statistics of the last run: of one transformer, or of a pipeline's by component name.
+
+    Raises:
+        ValueError: There is no cache on the model.
+    """
+    from .diffusers import is_pipeline, sessions
+
+    stats = {name: session.stats for name, session in sessions(pipe_or_transformer).items()}
+    return stats if is_pipeline(pipe_or_transformer) else next(iter(stats.values()))
+
+
+teach_diffusers()

@@ -1,0 +1,73 @@
+"""`transformer.enable_cache(DiCacheConfig())`: extends diffusers' `CacheMixin` once it is imported.
+
+Works whichever of the two packages is imported first, and imports neither by itself. Every other
+configuration reaches diffusers' own methods untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from ..config import DiCacheConfig
+
+_CACHE_MODULE = "diffusers.models.cache_utils"
+
+
+def teach_diffusers() -> None:
+    """Extend `CacheMixin` now, or as soon as diffusers defines it."""
+    module = sys.modules.get(_CACHE_MODULE)
+    if module is not None:
+        _extend_cache_mixin(module)
+    else:
+        sys.meta_path.insert(0, _CacheModuleFinder())
+
+
+class _CacheModuleFinder(importlib.abc.MetaPathFinder):
+    """Lets the import system find diffusers' cache module as usual, then extends it."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _CACHE_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run_module = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run_module(module)
+                _extend_cache_mixin(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _extend_cache_mixin(module: ModuleType) -> None:
+    mixin = module.CacheMixin
+    enable_others, disable_others = mixin.enable_cache, mixin.disable_cache
+
+    @functools.wraps(enable_others)
+    def enable_cache(self: Any, config: Any) -> None:
+        if not isinstance(config, DiCacheConfig):
+            return enable_others(self, config)
+        from .diffusers import apply
+
+        apply(self, config)
+
+    @functools.wraps(disable_others)
+    def disable_cache(self: Any) -> None:
+        if not isinstance(self._cache_config, DiCacheConfig):
+            return disable_others(self)
+        from .diffusers import remove
+
+        remove(self)
+
+    mixin.enable_cache, mixin.disable_cache = enable_cache, disable_cache

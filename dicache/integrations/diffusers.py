@@ -1,0 +1,346 @@
+"""DiCache in diffusers models: a root hook opens a step, a hook on every block asks it what to do.
+
+The root hook finds out which context and which run a call belongs to. The hook of the last probe
+block asks the session for a decision. On a reused step the blocks between pass their input
+through, and the last one returns x plus the approximated residual whatever it was given: residuals
+that the model adds between blocks (ControlNet) are part of y - x and must not count twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import StateManager
+from diffusers.utils.torch_utils import unwrap_module
+from torch import Tensor, nn
+
+from ..config import DiCacheConfig
+from ..ops import resolve_backend
+from ..session import DiCacheSession, DiCacheWarning, Step, as_number
+from .families import BlockStack, ModelFamily, families, find_family
+
+_HOOK = "dicache"
+
+
+def apply(model: Any, config: DiCacheConfig | None = None) -> None:
+    """See `dicache.apply_dicache`."""
+    config = DiCacheConfig() if config is None else config
+    if not isinstance(config, DiCacheConfig):
+        raise TypeError(f"config is a {type(config).__name__}. Expected a DiCacheConfig.")
+    pipeline = model if is_pipeline(model) else None
+    caches = [_TransformerCache(each, config, pipeline) for each in _transformers(model).values()]
+    for cache in caches:  # only now, so that an error above leaves every transformer as it was
+        cache.attach()
+
+
+def remove(model: Any) -> None:
+    """See `dicache.remove_dicache`."""
+    found = [hook for each in _transformers(model).values() if (hook := _root_hook(each))]
+    if not found:
+        warnings.warn(
+            f"There is no DiCache on this {type(model).__name__}, so nothing was removed.",
+            DiCacheWarning,
+            stacklevel=3,
+        )
+    for hook in found:
+        hook.cache.detach()
+
+
+def sessions(model: Any) -> dict[str, DiCacheSession]:
+    """The sessions of a pipeline's transformers by component name, or of one transformer."""
+    hooks = {name: _root_hook(each) for name, each in _transformers(model).items()}
+    found = {name: hook.cache.session for name, hook in hooks.items() if hook is not None}
+    if not found:
+        raise ValueError(
+            f"There is no DiCache on this {type(model).__name__}. Call apply_dicache first."
+        )
+    return found
+
+
+def is_pipeline(model: Any) -> bool:
+    """Whether `model` is a pipeline, that is, has components."""
+    return isinstance(model, DiffusionPipeline)
+
+
+def _transformers(model: Any) -> dict[str, nn.Module]:
+    """Supported transformers of a pipeline by component name, or the given one."""
+    candidates = model.components if is_pipeline(model) else {"transformer": model}
+    modules = {name: unwrap_module(part) for name, part in candidates.items() if part is not None}
+    found = {name: part for name, part in modules.items() if find_family(part) is not None}
+    if not found:
+        given = {n: p for n, p in modules.items() if n.startswith("transformer")} or modules
+        classes = ", ".join(sorted({type(part).__name__ for part in given.values()}))
+        known = ", ".join(family.model_class for family in families())
+        raise ValueError(
+            f"DiCache does not support {type(model).__name__} ({classes}). Supported transformers: "
+            f"{known}. dicache.integrations.register_family adds one."
+        )
+    return found
+
+
+def _root_hook(transformer: nn.Module) -> _RootHook | None:
+    registry = getattr(transformer, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(_HOOK)
+
+
+class _TransformerCache:
+    """The cache of one transformer: its session, and what the hooks of one call share.
+
+    Raises:
+        ValueError: The transformer cannot take the cache; nothing was changed.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, config: DiCacheConfig, pipeline: DiffusionPipeline | None
+    ) -> None:
+        family = find_family(transformer)
+        assert family is not None  # _transformers lets only supported ones pass
+        self.transformer, self.config = transformer, config
+        self.pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self.blocks = _find_blocks(transformer, family)
+        self._check()
+        resolved = _with_threshold(config, transformer, family)
+        ascending = family.ascending_timesteps
+        self.session = DiCacheSession(resolved, ascending_timesteps=ascending)
+        self.step: Step | None = None  # set while the transformer runs
+        self.x: Tensor | None = None  # [B, S, D] tokens before block 0, as long as needed
+        self.p: Tensor | None = None  # [B, S, D] tokens after the probe
+        self.num_tokens = 0
+
+    def attach(self) -> None:
+        """Register the hooks; the root hook makes the cache visible to diffusers."""
+        registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
+        registry.register_hook(_RootHook(self), _HOOK)
+        for index, (block, stack) in enumerate(self.blocks):
+            hook = _BlockHook(self, block, stack, index)
+            HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, _HOOK)
+        registry.invalidate_child_registries_cache()
+        self.transformer._cache_config = self.config  # type: ignore[assignment]
+
+    def detach(self) -> None:
+        """Take the hooks off and free the state."""
+        self.session.reset()
+        registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
+        registry.remove_hook(_HOOK, recurse=True)
+        registry.invalidate_child_registries_cache()
+        self.transformer._cache_config = None  # type: ignore[assignment]
+
+    def enter_blocks(self, hidden_states: Tensor) -> None:
+        """Note the tokens that enter block 0."""
+        self.x, self.num_tokens = hidden_states, hidden_states.shape[1]
+
+    def after_probe(self, p: Tensor) -> None:
+        """Take the decision; on a computed step move x and p into the cache's buffers."""
+        assert self.step is not None and self.x is not None  # block 0 ran before
+        if self.step.needs_probe:
+            self.step.probe(self.x, p)
+        if self.step.action != "reuse":
+            self.x, self.p = self.step.hold(self.x, p)
+
+    def after_last_block(self, y: Tensor) -> None:
+        """Record a computed step."""
+        assert self.step is not None and self.x is not None and self.p is not None
+        self.step.record(self.x, self.p, y)
+        self.x = self.p = None
+
+    def _check(self) -> None:
+        name = type(self.transformer).__name__
+        if _root_hook(self.transformer) is not None:
+            raise ValueError(f"This {name} has DiCache already. Call remove_dicache first.")
+        other = getattr(self.transformer, "_cache_config", None)
+        if other is not None:
+            raise ValueError(
+                f"This {name} is cached with {type(other).__name__}, and two caches do not stack. "
+                f"Call disable_cache() first."
+            )
+        if self.config.probe_depth >= len(self.blocks):
+            raise ValueError(
+                f"probe_depth is {self.config.probe_depth} and this {name} has {len(self.blocks)} "
+                f"blocks. Expected a probe_depth smaller than the number of blocks."
+            )
+        resolve_backend(self.config.backend)
+
+
+def _find_blocks(transformer: nn.Module, family: ModelFamily) -> list[tuple[nn.Module, BlockStack]]:
+    missing = [s.attribute for s in family.stacks if not hasattr(transformer, s.attribute)]
+    if missing:
+        raise ValueError(
+            f"{type(transformer).__name__} has no block list {missing[0]!r}, which its family "
+            f"{family.name!r} names."
+        )
+    return [
+        (block, stack) for stack in family.stacks for block in getattr(transformer, stack.attribute)
+    ]
+
+
+def _with_threshold(
+    config: DiCacheConfig, transformer: nn.Module, family: ModelFamily
+) -> DiCacheConfig:
+    if config.threshold is not None:
+        return config
+    own = getattr(transformer, "config", {}).get("_dicache_threshold")
+    return replace(config, threshold=family.threshold if own is None else own)
+
+
+class _Context(StateManager):
+    """What the pipeline said with `cache_context(...)`; diffusers finds it by its base class."""
+
+    def __init__(self) -> None:
+        super().__init__(dict)
+
+    @property
+    def current(self) -> Any:
+        """The `CacheContext` of this call, or `None` where the pipeline sets none."""
+        return self._context
+
+
+class _RootHook(ModelHook):
+    """Opens a step for every call of the transformer and closes it, come what may."""
+
+    _is_stateful = True
+
+    def __init__(self, cache: _TransformerCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.context = _Context()
+        self._parameters = tuple(inspect.signature(type(cache.transformer).forward).parameters)[1:]
+        self._branches: dict[str, weakref.ref[Tensor]] = {}
+        self._named_for: object = None  # the run whose branches are named
+        self._timesteps: weakref.ref[Tensor] | None = None
+        self._step_index = 0
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        cache = self.cache
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        try:
+            with self._open_step(arguments) as cache.step:
+                return self.fn_ref.original_forward(*args, **kwargs)
+        except BaseException:
+            cache.session.reset()  # an aborted run leaves nothing behind
+            raise
+        finally:
+            cache.step = cache.x = cache.p = None
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """Called by the pipeline when it ends."""
+        self.cache.session.reset()
+        self.context.reset()
+        return module
+
+    def _open_step(self, arguments: dict[str, Any]) -> Step:
+        session = self.cache.session
+        timestep = as_number(arguments.get("timestep"))
+        num_steps, is_last = self._position()
+        session.observe(timestep, num_steps)
+        return session.step(
+            self._context_name(arguments.get("encoder_hidden_states")),
+            timestep=timestep,
+            num_inference_steps=num_steps,
+            is_last=is_last,
+        )
+
+    def _context_name(self, text: Tensor | None) -> str:
+        """The pipeline's name for the branch, or one by the identity of its text embedding."""
+        if self.context.current is not None:
+            return self.context.current.name
+        session = self.cache.session
+        if self._named_for is not session.stats:
+            self._branches, self._named_for = {}, session.stats
+        for name, branch in self._branches.items():
+            known = branch()
+            if known is text:
+                return name
+            if known is None:  # nobody can ask for this branch again
+                session.forget(name)
+        name = f"branch{len(self._branches)}"
+        self._branches[name] = weakref.ref(text) if text is not None else _nothing
+        return name
+
+    def _position(self) -> tuple[int | None, bool | None]:
+        """Number of steps, and whether this is the last one, as far as the pipeline tells."""
+        given = self.context.current
+        if given is not None and given.num_inference_steps is not None:
+            return self._position_in_context(given.step_index, given.num_inference_steps)
+        pipeline = None if self.cache.pipeline is None else self.cache.pipeline()
+        scheduler = getattr(pipeline, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None:
+            return None, None
+        if self._timesteps is None or self._timesteps() is not timesteps:
+            self.cache.session.reset()  # set_timesteps was called: a new run
+            self._timesteps = weakref.ref(timesteps)
+        begin = getattr(scheduler, "begin_index", None) or 0
+        position = getattr(scheduler, "step_index", None)
+        position = begin if position is None else position
+        return len(timesteps) - begin, position >= len(timesteps) - 1
+
+    def _position_in_context(self, index: int | None, steps: int) -> tuple[int, bool | None]:
+        if index is None:
+            return steps, None
+        if index < self._step_index:
+            self.cache.session.reset()
+        self._step_index = index
+        return steps, index >= steps - 1
+
+
+def _nothing() -> None:
+    """Stands for the reference to a text embedding where a model takes none."""
+
+
+class _BlockHook(ModelHook):
+    """Runs a block or passes its input through, as the open step says."""
+
+    def __init__(
+        self, cache: _TransformerCache, block: nn.Module, stack: BlockStack, index: int
+    ) -> None:
+        super().__init__()
+        self.cache, self.stack, self.index = cache, stack, index
+        self.ends_probe = index == cache.config.probe_depth - 1
+        self.is_last = index == len(cache.blocks) - 1
+        parameters = list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
+        self._positions = {name: parameters.index(name) for name in stack.outputs}
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        cache = self.cache
+        if cache.step is None:  # called on its own, outside the transformer
+            return self.fn_ref.original_forward(*args, **kwargs)
+        if self.index == 0:
+            cache.enter_blocks(self._argument(self.stack.hidden_states, args, kwargs))
+        if cache.step.action == "reuse":
+            return self._skip(args, kwargs)
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        cache.session.stats.block_calls += 1
+        if self.ends_probe:
+            cache.after_probe(self._tokens(output))
+        if self.is_last:
+            cache.after_last_block(self._tokens(output))
+        return output
+
+    def _skip(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = {name: self._argument(name, args, kwargs) for name in self.stack.outputs}
+        if self.is_last:
+            step, x = self.cache.step, self.cache.x
+            assert step is not None and x is not None  # set by block 0 of this call
+            y, name = step.reuse(x), self.stack.hidden_states
+            if self.stack.text_in_front:
+                text = values[name][:, : -self.cache.num_tokens]
+                y = torch.cat([text.to(y.dtype), y], dim=1)
+            values[name] = y
+        outputs = tuple(values.values())
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _tokens(self, output: Any) -> Tensor:
+        """The image tokens [B, S, D] of a block's output."""
+        names = self.stack.outputs
+        hidden = output if len(names) == 1 else output[names.index(self.stack.hidden_states)]
+        return hidden[:, -self.cache.num_tokens :] if self.stack.text_in_front else hidden
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return kwargs[name] if name in kwargs else args[self._positions[name]]

@@ -1,0 +1,177 @@
+"""The table of model families: one row of data says where a model's blocks are and what they carry.
+
+A row is all that a family needs. To add one, also from outside this package:
+
+    from dicache.integrations import BlockStack, ModelFamily, register_family
+
+    register_family(
+        ModelFamily(
+            name="my-model",
+            model_class="MyTransformer3DModel",
+            stacks=(BlockStack("blocks", outputs=("hidden_states", "encoder_hidden_states")),),
+            threshold=0.1,
+        )
+    )
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HIDDEN, TEXT = "hidden_states", "encoder_hidden_states"
+
+
+@dataclass(frozen=True)
+class BlockStack:
+    """One `ModuleList` of transformer blocks that run one after the other.
+
+    Attributes:
+        attribute: Name of the list on the model.
+        outputs: What a block returns, by the names of its arguments; a single name stands for a
+            bare tensor. A skipped block returns these arguments as they came.
+        hidden_states: Name of the argument and output that carries the image or video tokens.
+        text_in_front: Whether that tensor is [text, image] along the sequence. The image tokens
+            are then its last ones, as many as entered block 0.
+    """
+
+    attribute: str
+    outputs: tuple[str, ...] = (HIDDEN,)
+    hidden_states: str = HIDDEN
+    text_in_front: bool = False
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What the integration knows about a transformer class.
+
+    Attributes:
+        name: The family's name, as the command line prints it.
+        model_class: Class name of the transformer; subclasses count.
+        stacks: Its blocks, in the order in which they run.
+        threshold: Value for `DiCacheConfig(threshold=None)`. A model's own configuration may
+            override it with an entry `_dicache_threshold`.
+        preset: Name of the published rules for the family, or `None`.
+        ascending_timesteps: Whether timesteps rise during a run.
+    """
+
+    name: str
+    model_class: str
+    stacks: tuple[BlockStack, ...]
+    threshold: float
+    preset: str | None = None
+    ascending_timesteps: bool = False
+
+
+_TEXT_FIRST, _TEXT_LAST = (TEXT, HIDDEN), (HIDDEN, TEXT)
+
+# FLUX.1, HunyuanVideo and Wan 2.1 have published thresholds (arXiv 2508.17356, released scripts).
+# The others take the value of the family whose architecture and task are closest; none of those
+# was measured on its real model.
+_FAMILIES = {
+    family.model_class: family
+    for family in (
+        ModelFamily(
+            "flux",
+            "FluxTransformer2DModel",
+            (
+                BlockStack("transformer_blocks", _TEXT_FIRST),
+                BlockStack("single_transformer_blocks", _TEXT_FIRST),
+            ),
+            threshold=0.4,
+            preset="flux",
+        ),
+        ModelFamily(
+            "hunyuan-video",
+            "HunyuanVideoTransformer3DModel",
+            (
+                BlockStack("transformer_blocks", _TEXT_LAST),
+                BlockStack("single_transformer_blocks", _TEXT_LAST),
+            ),
+            threshold=0.1,
+            preset="hunyuan-video",
+        ),
+        ModelFamily(
+            "wan",  # Wan 2.1, and both experts of Wan 2.2
+            "WanTransformer3DModel",
+            (BlockStack("blocks"),),
+            threshold=0.08,
+            preset="wan2.1",
+        ),
+        ModelFamily(
+            "flux2",
+            "Flux2Transformer2DModel",
+            (
+                BlockStack("transformer_blocks", _TEXT_FIRST),
+                BlockStack("single_transformer_blocks", text_in_front=True),
+            ),
+            threshold=0.4,
+        ),
+        ModelFamily(
+            "chroma",
+            "ChromaTransformer2DModel",
+            (
+                BlockStack("transformer_blocks", _TEXT_FIRST),
+                BlockStack("single_transformer_blocks", text_in_front=True),
+            ),
+            threshold=0.4,
+        ),
+        ModelFamily(
+            "qwen-image",
+            "QwenImageTransformer2DModel",
+            (BlockStack("transformer_blocks", _TEXT_FIRST),),
+            threshold=0.4,
+        ),
+        ModelFamily(
+            "cogvideox",
+            "CogVideoXTransformer3DModel",
+            (BlockStack("transformer_blocks", _TEXT_LAST),),
+            threshold=0.1,
+        ),
+        ModelFamily(
+            "ltx",
+            "LTXVideoTransformer3DModel",
+            (BlockStack("transformer_blocks"),),
+            threshold=0.1,
+        ),
+        ModelFamily(
+            "mochi",
+            "MochiTransformer3DModel",
+            (BlockStack("transformer_blocks", _TEXT_LAST),),
+            threshold=0.1,
+            ascending_timesteps=True,
+        ),
+        ModelFamily(
+            "hunyuan-video-1.5",
+            "HunyuanVideo15Transformer3DModel",
+            (BlockStack("transformer_blocks", _TEXT_LAST),),
+            threshold=0.1,
+        ),
+    )
+}
+
+
+def register_family(family: ModelFamily) -> None:
+    """Support the transformer class `family.model_class`.
+
+    Raises:
+        ValueError: The class has a family already, or the row names no blocks.
+    """
+    if family.model_class in _FAMILIES:
+        taken = _FAMILIES[family.model_class].name
+        raise ValueError(f"{family.model_class} is registered already, as family {taken!r}.")
+    if not family.stacks:
+        raise ValueError(f"Family {family.name!r} has no stacks. Expected at least one BlockStack.")
+    _FAMILIES[family.model_class] = family
+
+
+def families() -> tuple[ModelFamily, ...]:
+    """All supported families."""
+    return tuple(_FAMILIES.values())
+
+
+def find_family(model: object) -> ModelFamily | None:
+    """The family of `model`'s class or of the nearest base class that has one."""
+    for base in type(model).__mro__:
+        if base.__name__ in _FAMILIES:
+            return _FAMILIES[base.__name__]
+    return None

@@ -1,0 +1,247 @@
+r"""The operators in plain PyTorch: the definition that every faster implementation must meet.
+
+Notation, for one denoising step and one context (hidden states of shape [B, ...], usually
+[B, S, D]):
+
+    x       tokens before block 0              p       tokens after the probe's blocks
+    y       tokens after the last block        q, r    p - x and y - x
+    q_old, q_new, r_old, r_new                 residuals of the two last computed steps
+
+The residuals live in windows of shape [2, B, ...]; `newest` (int32 [B]) says which of the two
+entries is the newer one of each sample. A window's first entry is recorded into both places: then
+d = q_new - q_old is zero, gamma is 1 and y = x + r_new, with no special case anywhere.
+
+Arithmetic is done in fp32 (fp64 if any input is fp64) and rounded once, when a result is stored.
+Sums are per sample. There is no epsilon anywhere: a zero denominator of gamma gives gamma = 1,
+a zero denominator of the error leaves it non-finite, and NaN or infinity reach the result, where
+the gate finds them. An optional `active` (uint8 [B]) names the samples to work on; buffers of the
+others stay as they are. No function returns a Python number, so none waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Columns of the sums that `probe_statistics` returns; delta_minus appends the last two.
+#   0 sum|p - p_prev|   1 sum|p_prev|   2 sum|q - q_old|   3 sum|q_new - q_old|   4 sum|r|
+#   5 sum|x - x_prev|   6 sum|x_prev|
+# Columns of the sums that `alignment_statistics` returns.
+#   0 <a, a>            1 <a, d>        2 <q, q>           3 <d, d>               4 sum|r|
+
+
+def probe_statistics(
+    x: Tensor,
+    p: Tensor,
+    p_prev: Tensor,
+    x_prev: Tensor | None,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Error and gamma of the published rules; also stores p (and x) for the next step.
+
+        delta_y = sum|p - p_prev| / sum|p_prev|        error = delta_y, or |delta_y - delta_x|
+        gamma   = clip(sum|q - q_old| / sum|q_new - q_old|, low, high)
+
+    (arXiv 2508.17356, Online Probe Profiling and Dynamic Cache Trajectory Alignment.)
+
+    Args:
+        x: [B, ...] tokens before block 0, any floating dtype.
+        p: [B, ...] tokens after the probe.
+        p_prev: [B, ...] the previous step's p, in p's dtype; overwritten with p.
+        x_prev: [B, ...] the previous step's x, overwritten with x; `None` unless the error is
+            delta_minus.
+        probe_window: [2, B, ...] residuals q of the two last computed steps.
+        newest: int32 [B], 0 or 1.
+        entry_sums: fp32 [B, 3] from `record_residuals`.
+        low, high: Bounds of gamma; `high` may be `inf`.
+        active: uint8 [B] or `None` for all samples.
+
+    Returns:
+        sums [B, 5], or [B, 7] with `x_prev`, and result [B + 1, 2] = (error, gamma): a row a
+        sample and, last, the row of the whole batch, the ratio of the summed sums.
+    """
+    wide = _wide(x, p, probe_window)
+    q_change = (p.to(wide) - x.to(wide)) - _entry(probe_window, newest, old=True).to(wide)
+    columns = [
+        _sum_abs(p.to(wide) - p_prev.to(wide)),
+        _sum_abs(p_prev.to(wide)),
+        _sum_abs(q_change),
+        entry_sums[:, 0],
+        entry_sums[:, 2],
+    ]
+    _store(p_prev, p, active)
+    if x_prev is not None:
+        columns += [_sum_abs(x.to(wide) - x_prev.to(wide)), _sum_abs(x_prev.to(wide))]
+        _store(x_prev, x, active)
+    sums = _only(torch.stack([column.to(wide) for column in columns], dim=1), active)
+    return sums, finish_probe_statistics(sums, low, high)
+
+
+def finish_probe_statistics(sums: Tensor, low: float, high: float) -> Tensor:
+    """(error, gamma) [B + 1, 2] from the sums of `probe_statistics`, after an all-reduce if any."""
+    sums = torch.cat([sums, sums.sum(dim=0, keepdim=True)])  # the last row: the whole batch
+    error = sums[:, 0] / sums[:, 1]
+    if sums.shape[1] == 7:
+        error = (error - sums[:, 5] / sums[:, 6]).abs()
+    return torch.stack([error, _gamma(sums[:, 2], sums[:, 3], sums[:, 4], low, high)], dim=1)
+
+
+def alignment_statistics(
+    x: Tensor,
+    p: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Error and gamma of the verified alignment: how well the trajectory predicts the probe.
+
+        a = q - q_old     d = q_new - q_old     gamma = clip(<a, d> / <d, d>, low, high)
+        error = ||a - gamma d|| / ||q||
+              = sqrt(max(0, <a, a> - 2 gamma <a, d> + gamma^2 <d, d>) / <q, q>)
+
+    An unclipped gamma is the least-squares solution, and the error its relative misfit; a clipped
+    one is judged by the misfit that it really leaves. Nothing is written.
+
+    Args and returns as `probe_statistics`, the sums being [B, 5].
+    """
+    wide = _wide(x, p, probe_window)
+    q = p.to(wide) - x.to(wide)
+    q_old = _entry(probe_window, newest, old=True).to(wide)
+    a = q - q_old
+    d = _entry(probe_window, newest, old=False).to(wide) - q_old
+    columns = [_dot(a, a), _dot(a, d), _dot(q, q), entry_sums[:, 1], entry_sums[:, 2]]
+    sums = _only(torch.stack([column.to(wide) for column in columns], dim=1), active)
+    return sums, finish_alignment_statistics(sums, low, high)
+
+
+def finish_alignment_statistics(sums: Tensor, low: float, high: float) -> Tensor:
+    """(error, gamma) [B + 1, 2] from the sums of `alignment_statistics`."""
+    sums = torch.cat([sums, sums.sum(dim=0, keepdim=True)])
+    aa, ad, qq, dd, residual = sums.unbind(dim=1)
+    gamma = _gamma(ad, dd, residual, low, high)
+    misfit = aa - 2 * gamma * ad + gamma * gamma * dd
+    return torch.stack([(misfit.clamp(min=0) / qq).sqrt(), gamma], dim=1)
+
+
+def combine_residuals(
+    x: Tensor,
+    residual_window: Tensor,
+    newest: Tensor,
+    gamma: Tensor,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y = x + r_old + gamma (r_new - r_old), in the window's dtype.
+
+    Args:
+        x: [B, ...] tokens before block 0.
+        residual_window: [2, B, ...] residuals r of the two last computed steps.
+        newest: int32 [B].
+        gamma: fp32 [B], read on the device.
+        active: uint8 [B] or `None`. Inactive rows of `out` stay as they are (without `out` they
+            are zero).
+        out: Where to write, [B, ...] in the window's dtype; may be `x`. `None` allocates.
+
+    Returns:
+        y [B, ...].
+    """
+    wide = _wide(x, residual_window)
+    old = _entry(residual_window, newest, old=True).to(wide)
+    new = _entry(residual_window, newest, old=False).to(wide)
+    gamma = gamma.to(wide).view(-1, *[1] * (x.ndim - 1))
+    y = (x.to(wide) + old + gamma * (new - old)).to(residual_window.dtype)
+    if out is None:
+        if active is None:
+            return y
+        out = torch.zeros_like(y)
+    _store(out, y, active)
+    return out
+
+
+def record_residuals(
+    x: Tensor,
+    p: Tensor,
+    y: Tensor,
+    residual_window: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    first: bool,
+    active: Tensor | None = None,
+) -> None:
+    r"""Push (r, q) = (y - x, p - x) over the older window entry, and turn `newest` to it.
+
+    `x` may be the residual slot and `p` the probe slot that are overwritten: on a computed step
+    the caller parks them there, so that nothing else has to hold them until the last block.
+
+    Args:
+        x, p, y: [B, ...] tokens before block 0, after the probe, after the last block.
+        residual_window: [2, B, ...] in y's dtype.
+        probe_window: [2, B, ...] in p's dtype.
+        newest: int32 [B]; updated.
+        entry_sums: fp32 [B, 3] (fp64 for fp64 data); overwritten with sum|q_new - q_old|,
+            <d, d> with d = q_new - q_old (the next step's denominators of gamma), and sum|r| of
+            both entries, which is finite exactly if the window can be used.
+        first: Whether this is the only entry; it is then written to both places.
+        active: uint8 [B] or `None`.
+    """
+    wide = _wide(x, p, y)
+    residual = (y.to(wide) - x.to(wide)).to(residual_window.dtype)
+    probe_residual = (p.to(wide) - x.to(wide)).to(probe_window.dtype)
+    slot = 1 - newest
+    for index in (0, 1):
+        chosen = torch.ones_like(slot, dtype=torch.bool) if first else slot == index
+        chosen = chosen if active is None else chosen & active.bool()
+        _store(residual_window[index], residual, chosen)
+        _store(probe_window[index], probe_residual, chosen)
+    _store(newest, slot, active)
+    q_new, q_old = (_entry(probe_window, newest, old=old).to(wide) for old in (False, True))
+    d = q_new - q_old
+    both = _sum_abs(residual_window[0].to(wide)) + _sum_abs(residual_window[1].to(wide))
+    sums = torch.stack([_sum_abs(d), _dot(d, d), both], dim=1)
+    _store(entry_sums, sums.to(entry_sums.dtype), active)
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _sum_abs(value: Tensor) -> Tensor:
+    return value.abs().flatten(1).sum(dim=1)  # [B]
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return (left * right).flatten(1).sum(dim=1)  # [B]
+
+
+def _rows(flags: Tensor, like: Tensor) -> Tensor:
+    return flags.view(-1, *[1] * (like.ndim - 1))  # [B] -> [B, 1, ...]
+
+
+def _entry(window: Tensor, newest: Tensor, old: bool) -> Tensor:
+    return torch.where(_rows(newest == int(not old), window[0]), window[1], window[0])
+
+
+def _gamma(top: Tensor, bottom: Tensor, residual: Tensor, low: float, high: float) -> Tensor:
+    gamma = torch.where(bottom == 0, torch.ones_like(top), top / bottom).clamp(low, high)
+    return torch.where(residual.isfinite(), gamma, torch.full_like(gamma, torch.nan))
+
+
+def _only(sums: Tensor, active: Tensor | None) -> Tensor:
+    return sums if active is None else torch.where(_rows(active.bool(), sums), sums, 0.0)
+
+
+def _store(buffer: Tensor, value: Tensor, chosen: Tensor | None) -> None:
+    if chosen is None:
+        buffer.copy_(value)
+    else:
+        buffer.copy_(torch.where(_rows(chosen.bool(), buffer), value, buffer))

@@ -1,0 +1,357 @@
+"""A cache session: drives gate and trajectory for every context of a run, one step at a time.
+
+Any denoising loop can drive it; it knows no model and no diffusers. It guarantees that a step is
+reused only on valid history of the same run and layout: a new run, a new shape, dtype or device,
+an abandoned step, a missing or non-finite value all lead to a computed step.
+
+    session = DiCacheSession(DiCacheConfig(threshold=0.1))
+    for t in timesteps:
+        with session.step("cond", timestep=t, num_inference_steps=len(timesteps)) as step:
+            p = probe_blocks(x)
+            if step.needs_probe:
+                step.probe(x, p)
+            if step.action == "reuse":
+                y = step.reuse(x)
+            else:
+                y = remaining_blocks(p)
+                step.record(x, p, y)
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .config import DiCacheConfig
+from .gate import Gate
+from .stats import RunStats, StepRecord
+from .trajectory import Trajectory
+
+
+class DiCacheWarning(UserWarning):
+    """The cache computed where it would rather have decided; the message says why."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate decided on one probed step.
+
+    Attributes:
+        action: `"reuse"` or `"resume"` (`"compute"` if the probe showed that a new run began).
+        error: The step's error; `None` for `"compute"`.
+        accumulated_error: What was compared with the threshold; `None` for `"compute"`.
+        gamma: The weight that `reuse` will use; `None` for `"compute"`.
+    """
+
+    action: str
+    error: float | None = None
+    accumulated_error: float | None = None
+    gamma: float | None = None
+
+
+class _Context:
+    """Gate, trajectory and position of one context (`"cond"`, `"uncond"`, ...) in one run."""
+
+    def __init__(self, config: DiCacheConfig) -> None:
+        self.gate = Gate(config)
+        self.trajectory: Trajectory | None = None
+        self.next_step = 0
+        self.has_history = False  # whether the last step was ended by reuse or record
+
+
+class DiCacheSession:
+    """State and statistics of one model's cache over its contexts and runs.
+
+    Args:
+        config: The rules; `threshold` must be a number unless `schedule` is given.
+        ascending_timesteps: Whether timesteps rise during a run. A timestep that moves the other
+            way starts a new run.
+
+    Attributes:
+        stats: `RunStats` of the current or last run. It outlives the state.
+        num_inference_steps: Number N of steps of that run; `None` where nobody said it.
+    """
+
+    def __init__(self, config: DiCacheConfig, *, ascending_timesteps: bool = False) -> None:
+        Gate(config)  # a threshold of None is refused here, not on the first step
+        self.config = config
+        self.stats = RunStats()
+        self._direction = 1.0 if ascending_timesteps else -1.0
+        self._contexts: dict[str, _Context] = {}
+        self.num_inference_steps: int | None = None
+        self._timestep: float | None = None
+        self._warned: set[str] = set()
+        self._running = False
+
+    def step(
+        self,
+        context: str,
+        *,
+        timestep: Tensor | float | None = None,
+        num_inference_steps: int | None = None,
+        is_last: bool | None = None,
+    ) -> Step:
+        """Open the next step of `context`, as a context manager.
+
+        Args:
+            context: Name of the branch; every branch has its own history and schedule.
+            timestep: The step's timestep. One that moves against the run's direction starts a new
+                run; equal timesteps do not. A tensor is read on the host.
+            num_inference_steps: Number N of steps of the run, if the configuration does not say
+                it. Another N than before starts a new run.
+            is_last: Whether this is the run's last step; `None` counts the context's steps.
+
+        Raises:
+            ValueError: `num_inference_steps` is smaller than 1.
+        """
+        steps = self.config.num_inference_steps or num_inference_steps
+        if steps is not None and steps < 1:
+            raise ValueError(f"num_inference_steps is {steps}. Expected an integer >= 1.")
+        self.observe(timestep, num_inference_steps)
+        steps = self.num_inference_steps
+        known = self._contexts.get(context)
+        if known is not None and steps is not None and known.next_step >= steps:
+            self._begin_run(steps)
+        state = self._contexts.setdefault(context, _Context(self.config))
+        self.stats.contexts.setdefault(context, [])
+        if is_last is None:
+            is_last = steps is not None and state.next_step == steps - 1
+        return Step(self, context, state, is_last)
+
+    def observe(
+        self, timestep: Tensor | float | None = None, num_inference_steps: int | None = None
+    ) -> None:
+        """Begin a new run if these values of the coming step say that one began.
+
+        `step` does this by itself. A caller that names contexts by what it saw in a run calls it
+        before naming; a new run has a new `stats` object.
+
+        Raises:
+            ValueError: `num_inference_steps` is smaller than 1.
+        """
+        value = as_number(timestep)
+        steps = self.config.num_inference_steps or num_inference_steps
+        if steps is not None and steps < 1:
+            raise ValueError(f"num_inference_steps is {steps}. Expected an integer >= 1.")
+        if not self._running or self._is_new_run(value, steps):
+            self._begin_run(steps)
+        self._timestep = value
+
+    def forget(self, context: str) -> None:
+        """Free the state of one context; its next step computes."""
+        self._contexts.pop(context, None)
+
+    def reset(self) -> None:
+        """Free all state now. Statistics stay until the first step of the next run."""
+        self._contexts.clear()
+        self._running = False
+
+    def warn(self, cause: str, message: str) -> None:
+        """Warn with `DiCacheWarning`, once per run and cause."""
+        if cause not in self._warned:
+            self._warned.add(cause)
+            warnings.warn(message, DiCacheWarning, stacklevel=2)
+
+    def _begin_run(self, num_inference_steps: int | None) -> None:
+        self._contexts.clear()
+        self.stats = RunStats()
+        self.num_inference_steps = num_inference_steps
+        self._warned.clear()
+        self._running = True
+
+    def _is_new_run(self, timestep: float | None, steps: int | None) -> bool:
+        if steps != self.num_inference_steps:
+            return True
+        if timestep is None or self._timestep is None:
+            return False
+        # Only a move against the direction counts: contexts share a timestep, and bf16 timesteps
+        # and two-evaluation schedulers repeat it.
+        return (timestep - self._timestep) * self._direction < 0
+
+    def _restart(self, context: str) -> _Context:
+        """Begin a new run in the middle of a step, which becomes the new run's first."""
+        self._begin_run(self.num_inference_steps)
+        state = self._contexts[context] = _Context(self.config)
+        self.stats.contexts[context] = []
+        return state
+
+    def _update_peaks(self) -> None:
+        held = [state.trajectory for state in self._contexts.values() if state.trajectory]
+        tensors = sum(trajectory.num_tensors for trajectory in held)
+        num_bytes = sum(trajectory.num_bytes for trajectory in held)
+        self.stats.cache_tensors = max(self.stats.cache_tensors, tensors)
+        self.stats.cache_bytes = max(self.stats.cache_bytes, num_bytes)
+
+
+class Step:
+    """One step of one context, from `DiCacheSession.step`; end it with `reuse` or `record`.
+
+    Leaving it without either, by an exception or on purpose, makes the context's next step
+    compute.
+
+    Attributes:
+        action: `"compute"`, until `probe` decides on `"resume"` or `"reuse"`.
+        needs_probe: Whether to ask `probe`; `False` on a step that is computed anyway.
+    """
+
+    def __init__(self, session: DiCacheSession, name: str, state: _Context, is_last: bool) -> None:
+        self._session = session
+        self._name = name
+        self._state = state
+        self._decision = Decision("compute")
+        self._gamma: Tensor | None = None
+        self._done = False
+        self.needs_probe = self._is_judged(is_last) and state.has_history
+        if not state.has_history and state.trajectory is not None:
+            state.trajectory.drop_entries()
+        state.has_history = False  # until this step is done
+
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._done:
+            self._state.gate.finish(reused=False)
+            self._state.next_step += 1
+
+    @property
+    def action(self) -> str:
+        return self._decision.action
+
+    @torch.no_grad()
+    def probe(self, x: Tensor, p: Tensor) -> Decision:
+        """Judge the step by its probe; waits for the device once.
+
+        Args:
+            x: [B, ...] tokens before block 0.
+            p: [B, ...] tokens after the first `probe_depth` blocks.
+
+        Returns:
+            The decision. Tensors of another shape, dtype or device than before begin a new run:
+            the action is then `"compute"`.
+
+        Raises:
+            RuntimeError: `needs_probe` is False, or the step was probed or ended already.
+        """
+        if not self.needs_probe or self._done or self.action != "compute":
+            raise RuntimeError("This step takes no probe. Ask `step.needs_probe`, and probe once.")
+        trajectory = self._matching_trajectory(x, p)
+        if not self.needs_probe:  # the layout was new: this is now the first step of a run
+            return self._decision
+        gate = self._state.gate
+        result = trajectory.statistics(x, p)[-1]  # (error, gamma) of the whole batch
+        error, gamma = result.tolist()
+        action = gate.decide(error, gamma)
+        if not (math.isfinite(error) and math.isfinite(gamma)):
+            trajectory.drop_entries()
+            self._session.warn(
+                "non-finite",
+                f"Step {self._state.next_step} of context {self._name!r}: the error is {error} and "
+                f"gamma {gamma}, so the step is computed. NaN or infinity in the model's hidden "
+                f"states is the usual cause.",
+            )
+        self._gamma = result[1]
+        self._decision = Decision(action, error, gate.accumulated_error, gamma)
+        return self._decision
+
+    @torch.no_grad()
+    def hold(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy x and p into the cache's own buffers until `record`, and return these copies.
+
+        Between probe and record a computed step needs both, but nothing else does. A caller that
+        keeps the returned tensors instead of its own costs no memory beyond the cache's.
+        """
+        return self._matching_trajectory(x, p).hold(x, p)
+
+    @torch.no_grad()
+    def reuse(self, x: Tensor) -> Tensor:
+        """End the step without its remaining blocks: y = x + r_old + gamma (r_new - r_old).
+
+        Raises:
+            RuntimeError: The decision is not `"reuse"`, or the step ended already.
+        """
+        if self.action != "reuse" or self._done:
+            raise RuntimeError(
+                f"A step can be reused once, after `probe` decided so. Its action is "
+                f"{self.action!r}. Run the blocks and call `record`."
+            )
+        trajectory = self._state.trajectory
+        assert trajectory is not None and self._gamma is not None  # probe saw both
+        y = trajectory.combine(x, self._gamma)
+        self._finish(self._decision)
+        return y
+
+    @torch.no_grad()
+    def record(self, x: Tensor, p: Tensor, y: Tensor) -> None:
+        """End a computed step: its residuals become the newest entry of the trajectory.
+
+        Args:
+            x, p: As for `probe`, or what `hold` returned.
+            y: [B, ...] tokens after the last block.
+
+        Raises:
+            RuntimeError: The step ended already.
+        """
+        if self._done:
+            raise RuntimeError("This step ended already. Open the next one with `session.step`.")
+        self._matching_trajectory(x, p).record(x, p, y)
+        decision = self._decision
+        if decision.action != "compute":
+            decision = Decision("resume", decision.error, decision.accumulated_error)
+        self._finish(decision)
+        self._session._update_peaks()
+
+    def _finish(self, decision: Decision) -> None:
+        state, self._decision, self._done = self._state, decision, True
+        gamma = decision.gamma if decision.action == "reuse" else None
+        entry = (decision.action, decision.error, decision.accumulated_error, gamma)
+        self._session.stats.contexts[self._name].append(StepRecord(state.next_step, *entry))
+        state.gate.finish(reused=decision.action == "reuse")
+        state.next_step += 1
+        state.has_history = True
+
+    def _is_judged(self, is_last: bool) -> bool:
+        config, session = self._session.config, self._session
+        index, steps = self._state.next_step, session.num_inference_steps
+        if config.schedule is not None and index >= len(config.schedule):
+            session.warn(
+                "schedule",
+                f"schedule has {len(config.schedule)} letters and the run more steps. Those behind "
+                f"its end are computed; give schedule one letter a step.",
+            )
+        if config.needs_num_inference_steps and steps is None:
+            session.warn(
+                "num_inference_steps",
+                "The number of steps is unknown and the rules need it, so every step is computed. "
+                "Set DiCacheConfig(num_inference_steps=...), or use apply_dicache(pipe) instead of "
+                "applying it to the transformer.",
+            )
+        return self._state.gate.wants_probe(index, steps, is_last)
+
+    def _matching_trajectory(self, x: Tensor, p: Tensor) -> Trajectory:
+        """The context's trajectory for tensors like these, in a new run if they changed."""
+        trajectory = self._state.trajectory
+        if trajectory is not None and not trajectory.matches(x, p):
+            self._state = self._session._restart(self._name)
+            self._decision, self.needs_probe, trajectory = Decision("compute"), False, None
+        if trajectory is None:
+            trajectory = self._state.trajectory = Trajectory(self._session.config, x, p)
+        return trajectory
+
+
+def as_number(timestep: Tensor | float | None) -> float | None:
+    """A step's timestep on the host."""
+    if isinstance(timestep, Tensor):
+        # One timestep a sample or token: conditioned frames have 0, so the largest one counts.
+        return float(timestep.max())
+    return timestep

@@ -1,0 +1,129 @@
+"""How to use the cache: the residuals of the two last computed steps, and how to combine them.
+
+A trajectory belongs to one context of one run. It owns every hidden-state sized tensor that the
+cache holds, allocated once and rewritten in place: two residual windows of two entries, the
+previous probe where the error needs it, and the previous input for delta_minus.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .config import DiCacheConfig
+from .ops import resolve_backend
+
+
+class Trajectory:
+    """Dynamic Cache Trajectory Alignment (arXiv 2508.17356) for hidden states of one layout.
+
+    Args:
+        config: Says which statistics are needed.
+        x: [B, ...] tokens before block 0; gives shape, dtype and device.
+        p: [B, ...] tokens after the probe.
+    """
+
+    def __init__(self, config: DiCacheConfig, x: Tensor, p: Tensor) -> None:
+        self.config = config
+        self.ops = resolve_backend(config.backend)
+        low, high = config.gamma_range
+        self.gamma_range = (float(low), math.inf if high is None else float(high))
+        batch, wide = x.shape[0], torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.probe_window = torch.zeros((2, *p.shape), dtype=p.dtype, device=p.device)
+        self.residual_window = torch.zeros((2, *x.shape), dtype=x.dtype, device=x.device)
+        published = config.error != "alignment"
+        self.previous_probe = torch.empty_like(p) if published else None
+        self.previous_x = torch.empty_like(x) if config.error == "delta_minus" else None
+        self.newest = torch.zeros(batch, dtype=torch.int32, device=x.device)
+        self.entry_sums = torch.zeros((batch, 3), dtype=wide, device=x.device)
+        self.num_entries = 0
+        self._older_slot = 1  # host copy of 1 - newest: no device read to find the slot
+        self._layout = _layout(x, p)
+        self._stored_probe = False  # whether this step's p and x are in the previous-step buffers
+
+    def matches(self, x: Tensor, p: Tensor) -> bool:
+        """Whether x and p have the shape, dtypes and device that this trajectory was made for."""
+        return self._layout == _layout(x, p)
+
+    def statistics(self, x: Tensor, p: Tensor) -> Tensor:
+        """(error, gamma) [B + 1, 2] on the device; the last row is the whole batch."""
+        shared = (self.probe_window, self.newest, self.entry_sums, *self.gamma_range)
+        result = None
+        if self.previous_probe is not None:
+            published = (self.previous_probe, self.previous_x)
+            _, result = self.ops.probe_statistics(x, p, *published, *shared)
+            self._stored_probe = True
+        if self.config.alignment == "least_squares":
+            _, aligned = self.ops.alignment_statistics(x, p, *shared)
+            result = aligned if result is None else torch.stack([result[:, 0], aligned[:, 1]], 1)
+        assert result is not None  # l1 needs a published error, which config ensures
+        return result
+
+    def hold(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of x and p in the cache's own buffers, valid until this step is recorded.
+
+        They lie where `record` will write: in the older window entry, or in the previous probe
+        and input, which hold this step's values anyway. An entry is invalid while it is a parking
+        place. Where a buffer's dtype cannot hold the value the tensor itself is returned.
+        """
+        self._remember_probe(x, p)
+        if self.previous_x is not None:
+            held_x = self.previous_x
+        elif self.residual_window.dtype == x.dtype:
+            held_x = self.residual_window[self._older_slot].copy_(x)
+        else:
+            held_x = x
+        if self.previous_probe is not None:
+            return held_x, self.previous_probe
+        return held_x, self.probe_window[self._older_slot].copy_(p)
+
+    def combine(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """y = x + r_old + gamma (r_new - r_old); gamma [] on the device, for the whole batch."""
+        weights = gamma.to(self.entry_sums.dtype).expand(x.shape[0])
+        self._stored_probe = False
+        return self.ops.combine_residuals(x, self.residual_window, self.newest, weights)
+
+    def record(self, x: Tensor, p: Tensor, y: Tensor) -> None:
+        """Push this step's residuals into the window; x and p may come from `hold`."""
+        self._remember_probe(x, p)
+        if self.residual_window.dtype != y.dtype:
+            self.residual_window = torch.zeros_like(self.residual_window, dtype=y.dtype)
+            self.num_entries = 0
+        window = (self.residual_window, self.probe_window, self.newest, self.entry_sums)
+        self.ops.record_residuals(x, p, y, *window, first=self.num_entries == 0)
+        self.num_entries = min(self.num_entries + 1, 2)
+        self._older_slot = 1 - self._older_slot
+        self._stored_probe = False
+
+    def drop_entries(self) -> None:
+        """Forget the window: what is recorded next becomes its only entry."""
+        self.num_entries = 0
+        self._stored_probe = False
+
+    @property
+    def num_tensors(self) -> int:
+        """Number of tensors of the hidden states' size: 4, 5 or, for delta_minus, 6."""
+        return 4 + (self.previous_probe is not None) + (self.previous_x is not None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of everything that is kept between steps."""
+        optional = (self.previous_probe, self.previous_x)
+        owned = [self.probe_window, self.residual_window, self.newest, self.entry_sums]
+        owned += [tensor for tensor in optional if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in owned)
+
+    def _remember_probe(self, x: Tensor, p: Tensor) -> None:
+        if self._stored_probe:
+            return
+        if self.previous_probe is not None:
+            self.previous_probe.copy_(p)
+        if self.previous_x is not None:
+            self.previous_x.copy_(x)
+        self._stored_probe = True
+
+
+def _layout(x: Tensor, p: Tensor) -> tuple[object, ...]:
+    return (x.shape, x.dtype, x.device, p.shape, p.dtype, p.device)
