@@ -233,7 +233,9 @@ def _entry(window: Tensor, newest: Tensor, old: bool) -> Tensor:
 
 def _gamma(top: Tensor, bottom: Tensor, residual: Tensor, low: float, high: float) -> Tensor:
     gamma = torch.where(bottom == 0, torch.ones_like(top), top / bottom).clamp(low, high)
-    return torch.where(residual.isfinite(), gamma, torch.full_like(gamma, torch.nan))
+    # Clipping would hide an infinite sum, so finiteness is judged before it.
+    valid = top.isfinite() & bottom.isfinite() & residual.isfinite()
+    return torch.where(valid, gamma, torch.full_like(gamma, torch.nan))
 
 
 def _only(sums: Tensor, active: Tensor | None) -> Tensor:

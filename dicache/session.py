@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .config import DiCacheConfig
 from .gate import Gate
+from .ops import resolve_backend
 from .stats import RunStats, StepRecord
 from .trajectory import Trajectory
 
@@ -72,13 +73,17 @@ class DiCacheSession:
         ascending_timesteps: Whether timesteps rise during a run. A timestep that moves the other
             way starts a new run.
 
+    Raises:
+        ValueError: No threshold is given, or the backend is not there.
+
     Attributes:
         stats: `RunStats` of the current or last run. It outlives the state.
         num_inference_steps: Number N of steps of that run; `None` where nobody said it.
     """
 
     def __init__(self, config: DiCacheConfig, *, ascending_timesteps: bool = False) -> None:
-        Gate(config)  # a threshold of None is refused here, not on the first step
+        Gate(config)  # a threshold of None or an absent backend is refused here, not
+        resolve_backend(config.backend)  # in the middle of the first run
         self.config = config
         self.stats = RunStats()
         self._direction = 1.0 if ascending_timesteps else -1.0

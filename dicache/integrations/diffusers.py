@@ -22,7 +22,6 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from ..config import DiCacheConfig
-from ..ops import resolve_backend
 from ..session import DiCacheSession, DiCacheWarning, Step, as_number
 from .families import BlockStack, ModelFamily, families, find_family
 
@@ -165,7 +164,6 @@ class _TransformerCache:
                 f"probe_depth is {self.config.probe_depth} and this {name} has {len(self.blocks)} "
                 f"blocks. Expected a probe_depth smaller than the number of blocks."
             )
-        resolve_backend(self.config.backend)
 
 
 def _find_blocks(transformer: nn.Module, family: ModelFamily) -> list[tuple[nn.Module, BlockStack]]:
@@ -278,8 +276,8 @@ class _RootHook(ModelHook):
             self._timesteps = weakref.ref(timesteps)
         begin = getattr(scheduler, "begin_index", None) or 0
         position = getattr(scheduler, "step_index", None)
-        position = begin if position is None else position
-        return len(timesteps) - begin, position >= len(timesteps) - 1
+        is_last = None if position is None else position >= len(timesteps) - 1
+        return len(timesteps) - begin, is_last
 
     def _position_in_context(self, index: int | None, steps: int) -> tuple[int, bool | None]:
         if index is None:

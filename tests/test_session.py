@@ -1,0 +1,394 @@
+"""A session reuses only on valid history of the same run, and holds exactly the promised memory."""
+
+import math
+import warnings
+import weakref
+
+import pytest
+import torch
+
+from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning
+
+ALWAYS_REUSE = {"threshold": math.inf, "retention_ratio": 0.0, "compute_last_step": False}
+
+
+def tensors(seed=0, shape=(2, 4, 8), dtype=torch.float32):
+    """x, p, y [B, S, D] of one step."""
+    generator = torch.Generator().manual_seed(seed)
+    x, p, y = (torch.randn(shape, generator=generator) for _ in range(3))
+    return x.to(dtype), p.to(dtype), y.to(dtype)
+
+
+def run_step(session, values, context="cond", **where):
+    """One step as an engine would drive it; returns (action, y)."""
+    x, p, y = values
+    with session.step(context, **where) as step:
+        if step.needs_probe:
+            step.probe(x, p)
+        if step.action == "reuse":
+            y = step.reuse(x)
+        else:
+            step.record(*step.hold(x, p), y)
+    return step.action, y
+
+
+def actions(session, context="cond"):
+    return "".join(
+        {"compute": "C", "resume": "c", "reuse": "R"}[record.action]
+        for record in session.stats.contexts[context]
+    )
+
+
+def drive(session, count, context="cond", **where):
+    for seed in range(count):
+        run_step(session, tensors(seed), context, **where)
+    return actions(session, context)
+
+
+# --- rules ---------------------------------------------------------------------------------------
+
+
+def test_the_first_step_is_computed_whatever_the_rules_say():
+    assert drive(DiCacheSession(DiCacheConfig(**ALWAYS_REUSE)), 4) == "CRRR"
+
+
+def test_a_schedule_overrides_every_other_rule():
+    config = DiCacheConfig(
+        threshold=0.0, schedule="CCRRCR", retention_ratio=1.0, max_consecutive_reuse=1
+    )
+    assert drive(DiCacheSession(config), 6, num_inference_steps=6) == "CCRRCR"
+
+
+def test_steps_beyond_the_schedule_are_computed_with_one_warning():
+    session = DiCacheSession(DiCacheConfig(schedule="CR"))
+    with pytest.warns(DiCacheWarning, match="schedule has 2 letters") as caught:
+        assert drive(session, 5) == "CRCCC"
+    assert len(caught) == 1
+
+
+def test_a_schedule_that_starts_with_reuse_computes_for_lack_of_history():
+    assert drive(DiCacheSession(DiCacheConfig(schedule="RRC")), 3) == "CRC"
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_max_consecutive_reuse_resumes_the_next_step(limit):
+    config = DiCacheConfig(**ALWAYS_REUSE, max_consecutive_reuse=limit)
+    expected = "C" + ("R" * limit + "c") * 3
+    assert drive(DiCacheSession(config), len(expected)) == expected
+
+
+def test_the_last_step_is_computed_without_asking_the_gate():
+    config = DiCacheConfig(threshold=math.inf, retention_ratio=0.0, compute_last_step=True)
+    assert drive(DiCacheSession(config), 5, num_inference_steps=5) == "CRRRC"
+
+
+def test_an_explicit_last_step_wins_over_counting():
+    config = DiCacheConfig(threshold=math.inf, retention_ratio=0.0, compute_last_step=True)
+    session = DiCacheSession(config)
+    drive(session, 3, num_inference_steps=50)
+    action, _ = run_step(session, tensors(9), num_inference_steps=50, is_last=True)
+    assert action == "compute"
+
+
+def test_reuse_at_threshold_decides_the_tie():
+    for at_threshold, expected in ((False, "Cc"), (True, "CR")):
+        config = DiCacheConfig.preset(
+            "hunyuan-video", threshold=0.0, retention_ratio=0.0, reuse_at_threshold=at_threshold
+        )
+        session = DiCacheSession(config)
+        for _ in range(2):
+            run_step(session, tensors(0))  # the probe does not move: the error is exactly zero
+        assert actions(session) == expected
+
+
+def test_an_unknown_number_of_steps_computes_everything_and_warns_once():
+    session = DiCacheSession(DiCacheConfig(threshold=math.inf))
+    with pytest.warns(DiCacheWarning, match="num_inference_steps.*apply_dicache") as caught:
+        assert drive(session, 4) == "CCCC"
+    assert len(caught) == 1
+
+
+def test_the_number_of_steps_may_come_from_the_configuration():
+    config = DiCacheConfig(threshold=math.inf, retention_ratio=0.5, num_inference_steps=4)
+    assert drive(DiCacheSession(config), 4) == "CCRC"
+
+
+def test_a_session_refuses_a_threshold_that_only_a_model_could_give():
+    with pytest.raises(ValueError, match="threshold is None"):
+        DiCacheSession(DiCacheConfig())
+
+
+def test_records_hold_what_the_gate_compared():
+    config = DiCacheConfig.preset("flux", threshold=0.9, retention_ratio=0.0)
+    session = DiCacheSession(config)
+    x, p, y = tensors(0)
+    for factor in (1.0, 1.5, 1.5 * 1.5):  # delta_y is 0.5 each time
+        run_step(session, (x, p * factor, y), num_inference_steps=9)
+    first, second, third = session.stats.contexts["cond"]
+    assert (first.step, first.action, first.error, first.gamma) == (0, "compute", None, None)
+    assert second.action == "reuse"
+    assert second.error == pytest.approx(0.5)
+    assert second.gamma == 1.0  # one window entry
+    assert third.action == "resume"
+    assert third.accumulated_error == pytest.approx(1.0)  # before the reset
+    assert third.gamma is None
+    assert third.sample is None
+
+
+# --- history -------------------------------------------------------------------------------------
+
+
+def test_contexts_have_their_own_history():
+    session = DiCacheSession(DiCacheConfig(schedule="CCR"))
+    runs = {"cond": [tensors(s) for s in range(3)], "uncond": [tensors(s) for s in range(7, 10)]}
+    got = {}
+    for index in range(3):
+        for name, run in runs.items():
+            got[name] = run_step(session, run[index], name)[1]
+    for name, run in runs.items():
+        alone = DiCacheSession(DiCacheConfig(schedule="CCR"))
+        for values in run:
+            expected = run_step(alone, values, name)[1]
+        assert torch.equal(got[name], expected)
+    assert not torch.equal(got["cond"], got["uncond"])
+
+
+@pytest.mark.parametrize("how", ["exception", "silence"])
+def test_a_step_left_without_an_end_makes_the_next_one_compute(how):
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    drive(session, 3)
+    x, p, _ = tensors(5)
+    if how == "exception":
+        with pytest.raises(KeyError), session.step("cond") as step:
+            step.probe(x, p)
+            raise KeyError
+    else:
+        with session.step("cond") as step:
+            step.probe(x, p)
+            step.hold(x, p)  # parks in the window: its entry is gone
+    assert run_step(session, tensors(6))[0] == "compute"
+    action, y = run_step(session, tensors(7))
+    assert action == "reuse"
+    x6, _, y6 = tensors(6)
+    torch.testing.assert_close(y, tensors(7)[0] + (y6 - x6))  # one entry: y = x + r_new
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": (2, 5, 8)},
+        {"shape": (1, 4, 8)},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float64},
+    ],
+)
+def test_another_layout_begins_a_new_run(change):
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    drive(session, 3)
+    before = session.stats
+    values = tensors(9, **change)
+    assert run_step(session, values)[0] == "compute"
+    assert session.stats is not before
+    action, y = run_step(session, values)
+    assert action == "reuse"
+    assert y.dtype == values[2].dtype
+    torch.testing.assert_close(y, values[2], rtol=0.02, atol=0.02)
+
+
+def test_a_timestep_that_moves_back_begins_a_new_run():
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    for seed, timestep in enumerate((900.0, 800.0, 800.0, 700.0)):  # equal ones do not
+        run_step(session, tensors(seed), timestep=torch.tensor([timestep]))
+    assert actions(session) == "CRRR"
+    run_step(session, tensors(8), timestep=torch.tensor([900.0]))
+    assert actions(session) == "C"
+
+
+def test_ascending_timesteps_are_a_run_where_the_family_says_so():
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE), ascending_timesteps=True)
+    for seed, timestep in enumerate((0.1, 0.2, 0.3)):
+        run_step(session, tensors(seed), timestep=timestep)
+    assert actions(session) == "CRR"
+    run_step(session, tensors(8), timestep=0.0)
+    assert actions(session) == "C"
+
+
+def test_a_new_run_drops_every_context():
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    for timestep in (900.0, 800.0):
+        for name in ("cond", "uncond"):
+            run_step(session, tensors(1), name, timestep=timestep)
+    run_step(session, tensors(2), "cond", timestep=950.0)
+    run_step(session, tensors(2), "uncond", timestep=950.0)
+    assert actions(session, "cond") == actions(session, "uncond") == "C"
+
+
+def test_another_number_of_steps_begins_a_new_run():
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    drive(session, 3, num_inference_steps=10)
+    run_step(session, tensors(1), num_inference_steps=8)
+    assert actions(session) == "C"
+
+
+def test_more_steps_than_the_run_has_begin_a_new_run():
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    drive(session, 4, num_inference_steps=3)
+    assert actions(session) == "C"
+
+
+@pytest.mark.parametrize("rules", [{}, {"error": "delta_y"}, {"error": "delta_minus"}])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_non_finite_values_never_reach_a_reused_output(rules, value, where):
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE, **rules))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(9):
+            values = tensors(seed)
+            if seed == 3:
+                values[where][0, 0, 0] = value
+                session.forget("cond")  # so that this step is recorded
+            action, y = run_step(session, values)
+            assert action != "reuse" or y.isfinite().all()
+    assert actions(session)[-1] == "R"  # it recovers
+    assert sum(issubclass(each.category, DiCacheWarning) for each in caught) == 1
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "count"),
+    [
+        ({}, 4),
+        ({"error": "delta_y"}, 5),
+        ({"error": "delta_y", "alignment": "l1"}, 5),
+        ({"error": "delta_minus", "alignment": "l1"}, 6),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_context_holds_the_promised_tensors_and_no_more(rules, count, dtype):
+    session = DiCacheSession(
+        DiCacheConfig(threshold=0.5, retention_ratio=0.0, compute_last_step=False, **rules)
+    )
+    shape, batch = (2, 16, 64), 2
+    for seed in range(6):
+        for name in ("cond", "uncond"):
+            run_step(session, tensors(seed, shape, dtype), name)
+    hidden_state = math.prod(shape) * dtype.itemsize
+    small = batch * (4 + 3 * 4)  # newest int32, entry_sums fp32 [B, 3]
+    assert session.stats.cache_tensors == 2 * count
+    assert session.stats.cache_bytes == 2 * (count * hidden_state + small)
+
+
+def test_state_is_allocated_once_and_rewritten_in_place():
+    session = DiCacheSession(DiCacheConfig.preset("flux-delta-minus", threshold=1e-6))
+    addresses = set()
+    for seed in range(8):
+        run_step(session, tensors(seed), num_inference_steps=20)
+        state = session._contexts["cond"].trajectory
+        addresses.add(tuple(t.data_ptr() for t in vars(state).values() if torch.is_tensor(t)))
+    assert len(addresses) == 1
+
+
+@pytest.mark.parametrize("rules", [{}, {"error": "delta_y"}, {"error": "delta_minus"}])
+def test_held_tensors_live_in_the_cache_and_free_the_callers(rules):
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE, **rules))
+    with session.step("cond") as step:
+        x, p, y = tensors(0)
+        held = step.hold(x, p)
+        assert torch.equal(held[0], x)
+        assert torch.equal(held[1], p)
+        state = session._contexts["cond"].trajectory
+        owned = {t.untyped_storage().data_ptr() for t in vars(state).values() if torch.is_tensor(t)}
+        assert {tensor.untyped_storage().data_ptr() for tensor in held} <= owned
+        gone = weakref.ref(x), weakref.ref(p)
+        del x, p
+        assert gone[0]() is gone[1]() is None
+        step.record(*held, y)
+
+
+def test_holding_changes_no_result():
+    values = [tensors(seed) for seed in range(5)]
+    results = []
+    for holds in (False, True):
+        session = DiCacheSession(DiCacheConfig(schedule="CCRCR"))
+        for x, p, y in values:
+            with session.step("cond") as step:
+                if step.needs_probe:
+                    step.probe(x, p)
+                if step.action == "reuse":
+                    y = step.reuse(x)
+                else:
+                    step.record(*(step.hold(x, p) if holds else (x, p)), y)
+        results.append(y)
+    assert torch.equal(*results)
+
+
+def test_an_output_of_another_dtype_is_recorded_and_returned_in_it():
+    session = DiCacheSession(DiCacheConfig(schedule="CCR"))
+    for seed in range(3):
+        x, p, y = tensors(seed)
+        action, result = run_step(session, (x, p, y.to(torch.bfloat16)))
+    assert action == "reuse"
+    assert result.dtype == torch.bfloat16
+
+
+def test_reset_frees_the_state_and_keeps_the_statistics():
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    drive(session, 3)
+    buffer = weakref.ref(session._contexts["cond"].trajectory.residual_window)
+    stats = session.stats
+    session.reset()
+    assert buffer() is None
+    assert session.stats is stats
+    assert (stats.num_computed, stats.num_resumed, stats.num_reused) == (1, 0, 2)
+    run_step(session, tensors(0))
+    assert actions(session) == "C"
+
+
+def test_state_takes_no_part_in_autograd():
+    session = DiCacheSession(DiCacheConfig(schedule="CCR"))
+    for seed in range(3):
+        x, p, y = (tensor.requires_grad_() for tensor in tensors(seed))
+        run_step(session, (x, p, y))
+    state = session._contexts["cond"].trajectory
+    assert not state.residual_window.requires_grad
+
+
+# --- misuse --------------------------------------------------------------------------------------
+
+
+def test_a_step_says_what_it_expected():
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    x, p, y = tensors(0)
+    with session.step("cond") as step:
+        with pytest.raises(RuntimeError, match="needs_probe"):
+            step.probe(x, p)
+        with pytest.raises(RuntimeError, match="'compute'"):
+            step.reuse(x)
+        step.record(x, p, y)
+        with pytest.raises(RuntimeError, match="ended"):
+            step.record(x, p, y)
+
+
+def test_an_engine_may_compute_a_step_that_it_could_reuse():
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    drive(session, 1)
+    x, p, y = tensors(1)
+    with session.step("cond") as step:
+        assert step.probe(x, p).action == "reuse"
+        step.record(x, p, y)
+    assert actions(session) == "Cc"
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_zero_steps_are_refused(steps):
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        session.step("cond", num_inference_steps=steps)
+
+
+def test_an_absent_backend_is_named_with_the_reason():
+    with pytest.raises(ValueError, match="backend='cuda'.*Available: auto, reference"):
+        DiCacheSession(DiCacheConfig(**ALWAYS_REUSE, backend="cuda"))
