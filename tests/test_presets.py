@@ -103,6 +103,13 @@ def test_these_runs_exercise_every_action():
     assert all(actions == {"compute", "resume", "reuse"} for actions in seen.values())
 
 
-def test_the_published_threshold_is_the_presets():
-    for preset, (_, threshold, *_) in RULES.items():
-        assert DiCacheConfig.preset(preset).threshold == threshold
+def test_a_preset_has_the_published_fields():
+    for preset, (error, threshold, at_threshold, _, last, clip) in RULES.items():
+        config = DiCacheConfig.preset(preset)
+        assert config.error == error
+        assert config.threshold == threshold
+        assert config.reuse_at_threshold == at_threshold
+        assert config.compute_last_step == last
+        assert config.gamma_range == clip
+        assert (config.alignment, config.probe_depth) == ("l1", 1)
+        assert (config.schedule, config.max_consecutive_reuse) == (None, None)

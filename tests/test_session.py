@@ -254,6 +254,35 @@ def test_non_finite_values_never_reach_a_reused_output(rules, value, where):
     assert sum(issubclass(each.category, DiCacheWarning) for each in caught) == 1
 
 
+def test_a_non_finite_entry_costs_one_resumed_step():
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    x, p, y = tensors(0)
+    y[0, 0, 0] = math.nan
+    run_step(session, (x, p, y))
+    with pytest.warns(DiCacheWarning, match="computed"):
+        assert drive(session, 3) == "CcRR"
+
+
+def test_a_new_run_warns_again():
+    session = DiCacheSession(DiCacheConfig(threshold=math.inf))
+    for _ in range(2):
+        with pytest.warns(DiCacheWarning, match="num_inference_steps"):
+            drive(session, 2)
+        session.reset()
+
+
+def test_the_error_compares_with_the_step_before_even_if_that_was_not_probed():
+    config = DiCacheConfig(schedule="CRCR", error="delta_minus", alignment="l1")
+    session = DiCacheSession(config)
+    values = [tensors(seed) for seed in range(4)]
+    for each in values:
+        run_step(session, each)
+    change = lambda now, before: (now - before).abs().mean() / before.abs().mean()  # noqa: E731
+    (x2, p2, _), (x3, p3, _) = values[2:]
+    expected = abs(float(change(p3, p2)) - float(change(x3, x2)))
+    assert session.stats.contexts["cond"][3].error == pytest.approx(expected, abs=1e-6)
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 
@@ -310,7 +339,7 @@ def test_held_tensors_live_in_the_cache_and_free_the_callers(rules):
 
 def test_holding_changes_no_result():
     values = [tensors(seed) for seed in range(5)]
-    results = []
+    results = [], []
     for holds in (False, True):
         session = DiCacheSession(DiCacheConfig(schedule="CCRCR"))
         for x, p, y in values:
@@ -321,8 +350,9 @@ def test_holding_changes_no_result():
                     y = step.reuse(x)
                 else:
                     step.record(*(step.hold(x, p) if holds else (x, p)), y)
-        results.append(y)
-    assert torch.equal(*results)
+            results[holds].append(y)
+    for plain, held in zip(*results, strict=True):
+        assert torch.equal(plain, held)
 
 
 def test_an_output_of_another_dtype_is_recorded_and_returned_in_it():

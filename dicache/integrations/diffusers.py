@@ -26,6 +26,11 @@ from ..session import DiCacheSession, DiCacheWarning, Step, as_number
 from .families import BlockStack, ModelFamily, families, find_family
 
 _HOOK = "dicache"
+_UNKNOWN_BRANCH = (
+    "The pipeline sets no cache_context and makes new text embeddings during a run, so its guidance "
+    "branches cannot be told apart; steps of a new embedding are computed. Wrap the calls of the "
+    "transformer in `with transformer.cache_context(name):`."
+)
 
 
 def apply(model: Any, config: DiCacheConfig | None = None) -> None:
@@ -103,6 +108,7 @@ class _TransformerCache:
         assert family is not None  # _transformers lets only supported ones pass
         self.transformer, self.config = transformer, config
         self.pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._scheduler = getattr(pipeline, "scheduler", None)
         self.blocks = _find_blocks(transformer, family)
         self._check()
         resolved = _with_threshold(config, transformer, family)
@@ -130,6 +136,12 @@ class _TransformerCache:
         registry.remove_hook(_HOOK, recurse=True)
         registry.invalidate_child_registries_cache()
         self.transformer._cache_config = None  # type: ignore[assignment]
+
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler: also after the pipeline made way for one `from_pipe`."""
+        pipeline = None if self.pipeline is None else self.pipeline()
+        self._scheduler = getattr(pipeline, "scheduler", self._scheduler)
+        return self._scheduler
 
     def enter_blocks(self, hidden_states: Tensor) -> None:
         """Note the tokens that enter block 0."""
@@ -211,7 +223,7 @@ class _RootHook(ModelHook):
         self._parameters = tuple(inspect.signature(type(cache.transformer).forward).parameters)[1:]
         self._branches: dict[str, weakref.ref[Tensor]] = {}
         self._named_for: object = None  # the run whose branches are named
-        self._timesteps: weakref.ref[Tensor] | None = None
+        self._timesteps: weakref.ref[Any] | None = None
         self._step_index = 0
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -251,14 +263,16 @@ class _RootHook(ModelHook):
         session = self.cache.session
         if self._named_for is not session.stats:
             self._branches, self._named_for = {}, session.stats
+        if text is None:  # a model without text has one branch
+            return "branch0"
         for name, branch in self._branches.items():
-            known = branch()
-            if known is text:
+            if branch() is text:
                 return name
-            if known is None:  # nobody can ask for this branch again
-                session.forget(name)
+            if branch() is None:
+                session.forget(name)  # nobody can ask for this branch again
+                session.warn("branches", _UNKNOWN_BRANCH)
         name = f"branch{len(self._branches)}"
-        self._branches[name] = weakref.ref(text) if text is not None else _nothing
+        self._branches[name] = weakref.ref(text)
         return name
 
     def _position(self) -> tuple[int | None, bool | None]:
@@ -266,9 +280,8 @@ class _RootHook(ModelHook):
         given = self.context.current
         if given is not None and given.num_inference_steps is not None:
             return self._position_in_context(given.step_index, given.num_inference_steps)
-        pipeline = None if self.cache.pipeline is None else self.cache.pipeline()
-        scheduler = getattr(pipeline, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
+        scheduler = self.cache.scheduler()
+        timesteps: Any = getattr(scheduler, "timesteps", None)
         if timesteps is None:
             return None, None
         if self._timesteps is None or self._timesteps() is not timesteps:
@@ -286,10 +299,6 @@ class _RootHook(ModelHook):
             self.cache.session.reset()
         self._step_index = index
         return steps, index >= steps - 1
-
-
-def _nothing() -> None:
-    """Stands for the reference to a text embedding where a model takes none."""
 
 
 class _BlockHook(ModelHook):
