@@ -1,8 +1,8 @@
 """Train one of the package's demo models and export it into dicache/demo/models/.
 
 Rectified flow on the drawn shapes: x_t = (1 - t) x0 + t noise, the model predicts noise - x0, t is
-logit-normal. AdamW with warm-up and cosine decay; an exponential moving average of the weights is
-what gets exported, as fp16. A checkpoint under .train/ is replaced every few minutes, so that
+logit-normal. Muon for the matrices of the blocks and AdamW for the rest, with warm-up and cosine
+decay; an exponential moving average of the weights is what gets exported, as fp16. A checkpoint under .train/ is replaced every few minutes, so that
 ``--resume`` continues exactly where a killed run stopped. See README.md for the recipe.
 """
 
@@ -74,7 +74,12 @@ class Recipe:
 
     steps: int
     batch: int
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
+    seconds: float = math.inf
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the training that is over, by steps or by the clock, in [0, 1]."""
+        return min(1.0, max(step / self.steps, seconds / self.seconds))
 
 
 RECIPES = {
@@ -90,7 +95,8 @@ class State:
 
     model: Any
     ema: Any
-    optimizer: torch.optim.Optimizer
+    muon: torch.optim.Muon
+    adamw: torch.optim.AdamW
     generator: torch.Generator
     step: int = 0
     seconds: float = 0.0
@@ -98,7 +104,7 @@ class State:
     def save(self, path: Path) -> None:
         """Write the checkpoint beside ``path``, then replace ``path`` in one step."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        parts = {k: getattr(self, k).state_dict() for k in ("model", "ema", "optimizer")}
+        parts = {k: getattr(self, k).state_dict() for k in ("model", "ema", "muon", "adamw")}
         parts |= {"step": self.step, "seconds": self.seconds}
         parts |= {"generator": self.generator.get_state()}
         torch.save(parts, path.with_suffix(".new"))
@@ -107,7 +113,7 @@ class State:
     def load(self, path: Path) -> None:
         """Continue from the checkpoint at ``path``."""
         parts = torch.load(path, weights_only=True)
-        for key in ("model", "ema", "optimizer"):
+        for key in ("model", "ema", "muon", "adamw"):
             getattr(self, key).load_state_dict(parts[key])
         self.generator.set_state(parts["generator"])
         self.step, self.seconds = parts["step"], parts["seconds"]
@@ -120,11 +126,16 @@ def new_state(name: str, seed: int, learning_rate: float) -> State:
     if name != "wan":
         torch.nn.init.zeros_(model.proj_out.weight)
         torch.nn.init.zeros_(model.proj_out.bias)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    hidden = [p for n, p in model.named_parameters() if "blocks" in n and p.dim() == 2]
+    others = [p for n, p in model.named_parameters() if "blocks" not in n or p.dim() != 2]
+    muon = torch.optim.Muon(
+        hidden, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(
+        others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     generator = torch.Generator().manual_seed(seed)
-    return State(model, copy.deepcopy(model).requires_grad_(False), optimizer, generator)
+    return State(model, copy.deepcopy(model).requires_grad_(False), muon, adamw, generator)
 
 
 def draw_batch(
@@ -162,7 +173,7 @@ def velocity(
 def flow_loss(name: str, model: Any, batch: int, generator: torch.Generator) -> torch.Tensor:
     """Mean squared error of the predicted velocity on one freshly drawn batch."""
     x0, text = draw_batch(name, batch, generator)
-    noise = torch.randn(x0.shape, generator=generator)
+    noise = pipelines.noise_mean(name) + torch.randn(x0.shape, generator=generator)
     t = torch.sigmoid(
         torch.randn(batch, generator=generator) + math.log(pipelines.FLOW_SHIFT[name])
     )
@@ -180,17 +191,17 @@ def attend_in_float32(
         return _scaled_dot_product_attention(*floats, **options).to(query.dtype)
 
 
-def learning_rate_at(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, then cosine decay to 2 % of the peak."""
-    progress = min(1.0, step / steps)
+def learning_rate_at(step: int, progress: float, peak: float) -> float:
+    """Linear warm-up over the first steps, then cosine decay to 2 % of the peak."""
     cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
     return peak * cosine * min(1.0, (step + 1) / WARMUP_STEPS)
 
 
 def train_step(name: str, state: State, recipe: Recipe, dtype: torch.dtype) -> float:
     """One optimiser step and EMA update; returns the loss."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate_at(state.step, recipe.steps, recipe.learning_rate)
+    progress = recipe.progress(state.step, state.seconds)
+    for group in state.muon.param_groups + state.adamw.param_groups:
+        group["lr"] = learning_rate_at(state.step, progress, recipe.learning_rate)
     bf16 = dtype == torch.bfloat16
     attention = attend_in_float32 if bf16 else _scaled_dot_product_attention
     with (
@@ -198,10 +209,11 @@ def train_step(name: str, state: State, recipe: Recipe, dtype: torch.dtype) -> f
         mock.patch.object(F, "scaled_dot_product_attention", attention),
     ):
         loss = flow_loss(name, state.model, recipe.batch, state.generator)
-    state.optimizer.zero_grad(set_to_none=True)
+    state.model.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
-    state.optimizer.step()
+    state.muon.step()
+    state.adamw.step()
     state.step += 1
     decay = min(EMA_DECAY, (1 + state.step) / (10 + state.step))
     torch._foreach_lerp_(
@@ -213,6 +225,8 @@ def train_step(name: str, state: State, recipe: Recipe, dtype: torch.dtype) -> f
 def export(name: str, model: torch.nn.Module, out: Path) -> None:
     """Write config.json and fp16 safetensors to ``out``/``name``."""
     copy.deepcopy(model).half().save_pretrained(out / name)
+    for path in (out / name).iterdir():
+        path.chmod(0o644)
 
 
 def sample_sheet(name: str, model: Any, path: Path, steps: int, zoom: int = 4) -> None:
@@ -233,6 +247,7 @@ def train(name: str, args: argparse.Namespace) -> None:
     """Train to the end, with checkpoints, sample sheets and a line of progress now and then."""
     recipe = RECIPES[name]
     recipe.steps, recipe.batch = args.steps or recipe.steps, args.batch or recipe.batch
+    recipe.seconds = 60 * args.minutes
     state = new_state(name, args.seed, recipe.learning_rate)
     checkpoint = args.work / f"{name}.pt"
     if args.resume and checkpoint.exists():
@@ -241,7 +256,7 @@ def train(name: str, args: argparse.Namespace) -> None:
         state.model.compile_repeated_blocks()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     average, last_save, last_tick = 0.0, time.monotonic(), time.monotonic()
-    while state.step < recipe.steps:
+    while recipe.progress(state.step, state.seconds) < 1:
         loss = train_step(name, state, recipe, dtype)
         average = loss if average == 0 else 0.98 * average + 0.02 * loss
         state.seconds += time.monotonic() - last_tick
@@ -254,7 +269,10 @@ def train(name: str, args: argparse.Namespace) -> None:
             last_save = time.monotonic()
     state.save(checkpoint)
     export(name, state.ema, args.out)
-    sample_sheet(name, pipelines.load_transformer(name), args.work / f"{name}.png", steps=30)
+    exported = pipelines.transformer_class(name).from_pretrained(
+        args.out / name, torch_dtype=torch.float32
+    )
+    sample_sheet(name, exported, args.work / f"{name}.png", steps=30)
 
 
 def main() -> None:
@@ -262,6 +280,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, choices=pipelines.DEMO_MODELS)
     parser.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end after so long, decay included"
+    )
     parser.add_argument("--batch", type=int, help="batch size (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

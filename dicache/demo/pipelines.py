@@ -8,8 +8,9 @@ unfolds the result. Usage: ``pipe(**pipeline_inputs(name, prompt, seed, steps))`
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,14 @@ from dicache.demo import shapes
 DEMO_MODELS: tuple[str, ...] = ("flux", "hunyuan-video", "wan")
 MODEL_DIR = Path(__file__).parent / "models"
 FOLD = 2
+NOISE_MEAN_SCALE = 1.4
 GUIDANCE_SCALE = {"flux": 3.5, "hunyuan-video": 6.0, "wan": 4.0}
 FLOW_SHIFT = {"flux": 1.0, "hunyuan-video": 3.0, "wan": 3.0}
 
-DemoTransformer = FluxTransformer2DModel | HunyuanVideoTransformer3DModel | WanTransformer3DModel
-DemoPipeline = FluxPipeline | HunyuanVideoPipeline | WanPipeline
+DemoTransformer: TypeAlias = (
+    FluxTransformer2DModel | HunyuanVideoTransformer3DModel | WanTransformer3DModel
+)
+DemoPipeline: TypeAlias = FluxPipeline | HunyuanVideoPipeline | WanPipeline
 
 _TRANSFORMERS: dict[str, type[DemoTransformer]] = {
     "flux": FluxTransformer2DModel,
@@ -103,20 +107,27 @@ def wrap_transformer(name: str, transformer: DemoTransformer) -> DemoPipeline:
 
 
 def pipeline_inputs(
-    name: str, prompt: str | list[str], seed: int | list[int], num_inference_steps: int
+    name: str,
+    prompt: str | list[str],
+    seed: int | list[int],
+    num_inference_steps: int,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Everything a call of the pipeline needs, as keyword arguments.
 
     A list of prompts makes a batch. A list of seeds has one per prompt; a single seed s stands
-    for s, s+1, ... over the batch, so that each sample depends on its own seed alone.
+    for s, s+1, ... over the batch. Noise always comes from the CPU, so that a sample depends on
+    its own seed alone. ``device`` and ``dtype`` are those of the pipeline's transformer.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    for text in prompts:
-        shapes.parse_prompt(text, _kind(name))
-    text_embedding = shapes.encode_prompts(prompts)
+    for each in prompts:
+        shapes.parse_prompt(each, _kind(name))
+    text = shapes.encode_prompts(prompts)
     inputs: dict[str, Any] = {
-        "prompt_embeds": text_embedding.embeds,
-        "generator": [torch.Generator().manual_seed(s) for s in _seeds(seed, len(prompts))],
+        "prompt_embeds": text.embeds.to(device, dtype),
+        "latents": starting_noise(name, _seeds(seed, len(prompts))).to(device, dtype),
         "num_inference_steps": num_inference_steps,
         "guidance_scale": GUIDANCE_SCALE[name],
         "output_type": "latent",
@@ -124,11 +135,36 @@ def pipeline_inputs(
     }
     if name == "wan":
         empty = shapes.encode_prompts([""] * len(prompts))
-        return inputs | {"negative_prompt_embeds": empty.embeds}
-    inputs["pooled_prompt_embeds"] = text_embedding.pooled
+        return inputs | {"negative_prompt_embeds": empty.embeds.to(device, dtype)}
+    inputs["pooled_prompt_embeds"] = text.pooled.to(device, dtype)
     if name == "hunyuan-video":
-        inputs["prompt_attention_mask"] = text_embedding.mask
+        inputs["prompt_attention_mask"] = text.mask.to(device)
     return inputs
+
+
+def noise_mean(name: str) -> torch.Tensor:
+    """Mean of the noise that a generation starts from, in the shape of one sample's latents.
+
+    Zero, but for Wan: its attention knows relative places only, and a model this small does not
+    find out where in the video a token is. Rectified flow may start from any distribution, so the
+    noise carries a code of frame, row and column: cos(k pi u) in one channel each, u in (0, 1) the
+    place along an axis, k = 1 to 4.
+    """
+    if name != "wan":
+        return torch.zeros(()).expand(_latent_shape(name))
+    sizes = _latent_shape(name)[1:]  # [F, h, w]
+    waves = []
+    for axis, size in enumerate(sizes):
+        u = ((torch.arange(size) + 0.5) / size).view(-1, *[1] * (len(sizes) - 1 - axis))
+        waves += [torch.cos(k * math.pi * u).expand(sizes) for k in (1, 2, 3, 4)]
+    return NOISE_MEAN_SCALE * torch.stack(waves)  # [12, F, h, w]
+
+
+def starting_noise(name: str, seeds: list[int]) -> torch.Tensor:
+    """Latents to start from, one sample a seed: standard normal noise around `noise_mean`."""
+    mean = noise_mean(name)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([mean + torch.randn(mean.shape, generator=g) for g in generators])
 
 
 def decode(name: str, output: Any) -> torch.Tensor:
@@ -156,6 +192,11 @@ def encode_pictures(name: str, pictures: torch.Tensor) -> torch.Tensor:
     latents = F.pixel_unshuffle(2 * pictures - 1, FOLD)
     if name != "flux":
         return latents.transpose(1, 2)
+    return _pack(latents)
+
+
+def _pack(latents: torch.Tensor) -> torch.Tensor:
+    """Flux's order of latents: [B, 12, h, w] -> [B, h/2 w/2, 48]."""
     blocks = latents.unflatten(-1, (-1, 2)).unflatten(2, (-1, 2))  # [B, 12, h/2, 2, w/2, 2]
     return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
@@ -181,6 +222,15 @@ def _seeds(seed: int | list[int], count: int) -> list[int]:
     if len(seed) != count:
         raise ValueError(f"got {len(seed)} seeds for {count} prompts; expected one seed per prompt")
     return list(seed)
+
+
+def _latent_shape(name: str) -> tuple[int, ...]:
+    """Of one sample: [64, 48] packed tokens for Flux, [12, F, h, w] for video."""
+    channels = 3 * FOLD**2
+    if name == "flux":
+        return (shapes.IMAGE_SIZE // FOLD // 2) ** 2, 4 * channels
+    side = shapes.VIDEO_SIZE // FOLD
+    return channels, shapes.VIDEO_FRAMES, side, side
 
 
 def _geometry(name: str) -> dict[str, int]:

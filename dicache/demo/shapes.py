@@ -211,27 +211,25 @@ def _draw(scenes: list[Scene], frames: int, size: int, generator: torch.Generato
 def _track(item: Item, items: int, frames: int, generator: torch.Generator) -> torch.Tensor:
     """Centre and radius in every frame, in units of the picture's side -> [F, 3]."""
     if item.placement in POSITIONS:
-        x, y = POSITIONS[item.placement]
-        radius = _uniform(0.15, 0.20 if items == 2 else 0.26, generator)
-        x, y = x + _uniform(-0.05, 0.05, generator), y + _uniform(-0.05, 0.05, generator)
-        return torch.tensor([x, y, radius]).expand(frames, 3)
+        x, y = (p + _uniform(-0.015, 0.015, generator) for p in POSITIONS[item.placement])
+        size = _uniform(0.17, 0.19, generator) if items == 2 else _uniform(0.22, 0.25, generator)
+        return torch.tensor([x, y, size]).expand(frames, 3)
     u = torch.linspace(0.0, 1.0, frames)
     if item.placement in ("grows", "shrinks"):
-        small, large = _uniform(0.08, 0.13, generator), _uniform(0.30, 0.38, generator)
+        small, large = _uniform(0.10, 0.12, generator), _uniform(0.33, 0.36, generator)
         start, end = (small, large) if item.placement == "grows" else (large, small)
-        x, y = _uniform(0.42, 0.58, generator), _uniform(0.42, 0.58, generator)
+        x, y = _uniform(0.48, 0.52, generator), _uniform(0.48, 0.52, generator)
         return torch.stack([x + 0 * u, y + 0 * u, start + (end - start) * u], dim=-1)
-    radius = _uniform(0.14, 0.20, generator) + 0 * u
+    radius = _uniform(0.17, 0.20, generator) + 0 * u
     if item.placement == "bounces":
         return torch.cat([_bounce(u, generator), radius[:, None]], dim=-1)
     return torch.cat([_slide(item.placement, u, generator), radius[:, None]], dim=-1)
 
 
 def _bounce(u: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A ball's hops across the picture, to either side -> [F, 2]."""
-    side = 1.0 if _uniform(0, 1, generator) < 0.5 else -1.0
-    x = 0.5 + side * _uniform(0.2, 0.3, generator) * (2 * u - 1)
-    height, phase = _uniform(0.40, 0.50, generator), _uniform(0.0, 1.0, generator)
+    """A ball's hops across the picture, from left to right -> [F, 2]."""
+    x = 0.5 + _uniform(0.24, 0.28, generator) * (2 * u - 1)
+    height, phase = _uniform(0.43, 0.47, generator), _uniform(0.0, 0.08, generator)
     y = 0.78 - height * torch.sin(math.pi * (1.5 * u + phase)).abs()
     return torch.stack([x, y], dim=-1)
 
@@ -239,8 +237,8 @@ def _bounce(u: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def _slide(motion: str, u: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A straight path through the middle in the direction the motion names -> [F, 2]."""
     dx, dy = DIRECTIONS[motion.split()[1]]
-    along = _uniform(0.48, 0.62, generator) * (u - 0.5) + _uniform(-0.04, 0.04, generator)
-    across = _uniform(-0.2, 0.2, generator)
+    along = _uniform(0.53, 0.59, generator) * (u - 0.5) + _uniform(-0.015, 0.015, generator)
+    across = _uniform(-0.03, 0.03, generator)
     return torch.stack([0.5 + dx * along + dy * across, 0.5 + dy * along + dx * across], dim=-1)
 
 
@@ -286,8 +284,8 @@ def _distance(
 
 
 def _shade(color: tuple[float, float, float], generator: torch.Generator) -> torch.Tensor:
-    jitter = 0.08 * (torch.rand(3, generator=generator) - 0.5)
-    light = 1.0 + 0.16 * (_uniform(0, 1, generator) - 0.5)
+    jitter = 0.06 * (torch.rand(3, generator=generator) - 0.5)
+    light = 1.0 + 0.12 * (_uniform(0, 1, generator) - 0.5)
     return (torch.tensor(color) * light + jitter).clamp(0.0, 1.0)
 
 

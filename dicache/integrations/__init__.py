@@ -10,18 +10,24 @@ from typing import Any
 from ..config import DiCacheConfig
 from ..stats import RunStats
 from ._autoload import teach_diffusers
-from .families import BlockStack, ModelFamily, families, find_family, register_family
+from .families import (
+    BlockStack,
+    ModelFamily,
+    find_family,
+    register_family,
+    supported_families,
+)
 
 __all__ = [
     "BlockStack",
     "ModelFamily",
     "apply_dicache",
-    "families",
     "find_family",
     "get_stats",
     "register_family",
     "remove_dicache",
     "reset_dicache",
+    "supported_families",
 ]
 
 

@@ -1,7 +1,7 @@
 """DiCache in diffusers models: a root hook opens a step, a hook on every block asks it what to do.
 
-The root hook finds out which context and which run a call belongs to. The hook of the last probe
-block asks the session for a decision. On a reused step the blocks between pass their input
+The root hook asks the `CallTracker` which context and run a call belongs to. The hook of the last
+probe block asks the session for a decision. On a reused step the blocks between pass their input
 through, and the last one returns x plus the approximated residual whatever it was given: residuals
 that the model adds between blocks (ControlNet) are part of y - x and must not count twice.
 """
@@ -10,27 +10,21 @@ from __future__ import annotations
 
 import inspect
 import warnings
-import weakref
 from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import StateManager
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from ..config import DiCacheConfig
-from ..session import DiCacheSession, DiCacheWarning, Step, as_number
-from .families import BlockStack, ModelFamily, families, find_family
+from ..session import DiCacheSession, DiCacheWarning, Step
+from .calls import CallTracker
+from .families import BlockStack, ModelFamily, find_family, supported_families
 
 _HOOK = "dicache"
-_UNKNOWN_BRANCH = (
-    "The pipeline sets no cache_context and makes new text embeddings during a run, so its guidance "
-    "branches cannot be told apart; steps of a new embedding are computed. Wrap the calls of the "
-    "transformer in `with transformer.cache_context(name):`."
-)
 
 
 def apply(model: Any, config: DiCacheConfig | None = None) -> None:
@@ -46,26 +40,25 @@ def apply(model: Any, config: DiCacheConfig | None = None) -> None:
 
 def remove(model: Any) -> None:
     """See `dicache.remove_dicache`."""
-    found = [hook for each in _transformers(model).values() if (hook := _root_hook(each))]
+    found = _root_hooks(model)
     if not found:
         warnings.warn(
             f"There is no DiCache on this {type(model).__name__}, so nothing was removed.",
             DiCacheWarning,
             stacklevel=3,
         )
-    for hook in found:
+    for hook in found.values():
         hook.cache.detach()
 
 
 def sessions(model: Any) -> dict[str, DiCacheSession]:
     """The sessions of a pipeline's transformers by component name, or of one transformer."""
-    hooks = {name: _root_hook(each) for name, each in _transformers(model).items()}
-    found = {name: hook.cache.session for name, hook in hooks.items() if hook is not None}
+    found = _root_hooks(model)
     if not found:
         raise ValueError(
             f"There is no DiCache on this {type(model).__name__}. Call apply_dicache first."
         )
-    return found
+    return {name: hook.cache.session for name, hook in found.items()}
 
 
 def is_pipeline(model: Any) -> bool:
@@ -73,15 +66,20 @@ def is_pipeline(model: Any) -> bool:
     return isinstance(model, DiffusionPipeline)
 
 
+def _components(model: Any) -> dict[str, Any]:
+    """A pipeline's components by name, or the given model as "transformer"."""
+    parts = model.components if is_pipeline(model) else {"transformer": model}
+    return {name: unwrap_module(part) for name, part in parts.items() if part is not None}
+
+
 def _transformers(model: Any) -> dict[str, nn.Module]:
-    """Supported transformers of a pipeline by component name, or the given one."""
-    candidates = model.components if is_pipeline(model) else {"transformer": model}
-    modules = {name: unwrap_module(part) for name, part in candidates.items() if part is not None}
-    found = {name: part for name, part in modules.items() if find_family(part) is not None}
+    """The supported transformers among a model's components."""
+    parts = _components(model)
+    found = {name: part for name, part in parts.items() if find_family(part) is not None}
     if not found:
-        given = {n: p for n, p in modules.items() if n.startswith("transformer")} or modules
+        given = {n: p for n, p in parts.items() if n.startswith("transformer")} or parts
         classes = ", ".join(sorted({type(part).__name__ for part in given.values()}))
-        known = ", ".join(family.model_class for family in families())
+        known = ", ".join(family.model_class for family in supported_families())
         raise ValueError(
             f"DiCache does not support {type(model).__name__} ({classes}). Supported transformers: "
             f"{known}. dicache.integrations.register_family adds one."
@@ -89,8 +87,14 @@ def _transformers(model: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _root_hook(transformer: nn.Module) -> _RootHook | None:
-    registry = getattr(transformer, "_diffusers_hook", None)
+def _root_hooks(model: Any) -> dict[str, _RootHook]:
+    """Our hooks on a model's components, whether or not their family is still registered."""
+    found = {name: _root_hook(part) for name, part in _components(model).items()}
+    return {name: hook for name, hook in found.items() if hook is not None}
+
+
+def _root_hook(module: Any) -> _RootHook | None:
+    registry = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook(_HOOK)
 
 
@@ -107,13 +111,12 @@ class _TransformerCache:
         family = find_family(transformer)
         assert family is not None  # _transformers lets only supported ones pass
         self.transformer, self.config = transformer, config
-        self.pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._scheduler = getattr(pipeline, "scheduler", None)
         self.blocks = _find_blocks(transformer, family)
         self._check()
         resolved = _with_threshold(config, transformer, family)
         ascending = family.ascending_timesteps
         self.session = DiCacheSession(resolved, ascending_timesteps=ascending)
+        self.calls = CallTracker(self.session, pipeline)
         self.step: Step | None = None  # set while the transformer runs
         self.x: Tensor | None = None  # [B, S, D] tokens before block 0, as long as needed
         self.p: Tensor | None = None  # [B, S, D] tokens after the probe
@@ -136,12 +139,6 @@ class _TransformerCache:
         registry.remove_hook(_HOOK, recurse=True)
         registry.invalidate_child_registries_cache()
         self.transformer._cache_config = None  # type: ignore[assignment]
-
-    def scheduler(self) -> Any:
-        """The pipeline's scheduler: also after the pipeline made way for one `from_pipe`."""
-        pipeline = None if self.pipeline is None else self.pipeline()
-        self._scheduler = getattr(pipeline, "scheduler", self._scheduler)
-        return self._scheduler
 
     def enter_blocks(self, hidden_states: Tensor) -> None:
         """Note the tokens that enter block 0."""
@@ -199,18 +196,6 @@ def _with_threshold(
     return replace(config, threshold=family.threshold if own is None else own)
 
 
-class _Context(StateManager):
-    """What the pipeline said with `cache_context(...)`; diffusers finds it by its base class."""
-
-    def __init__(self) -> None:
-        super().__init__(dict)
-
-    @property
-    def current(self) -> Any:
-        """The `CacheContext` of this call, or `None` where the pipeline sets none."""
-        return self._context
-
-
 class _RootHook(ModelHook):
     """Opens a step for every call of the transformer and closes it, come what may."""
 
@@ -219,18 +204,14 @@ class _RootHook(ModelHook):
     def __init__(self, cache: _TransformerCache) -> None:
         super().__init__()
         self.cache = cache
-        self.context = _Context()
+        self.context = cache.calls.context  # diffusers looks for it among a hook's attributes
         self._parameters = tuple(inspect.signature(type(cache.transformer).forward).parameters)[1:]
-        self._branches: dict[str, weakref.ref[Tensor]] = {}
-        self._named_for: object = None  # the run whose branches are named
-        self._timesteps: weakref.ref[Any] | None = None
-        self._step_index = 0
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         cache = self.cache
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         try:
-            with self._open_step(arguments) as cache.step:
+            with cache.calls.open_step(arguments) as cache.step:
                 return self.fn_ref.original_forward(*args, **kwargs)
         except BaseException:
             cache.session.reset()  # an aborted run leaves nothing behind
@@ -243,62 +224,6 @@ class _RootHook(ModelHook):
         self.cache.session.reset()
         self.context.reset()
         return module
-
-    def _open_step(self, arguments: dict[str, Any]) -> Step:
-        session = self.cache.session
-        timestep = as_number(arguments.get("timestep"))
-        num_steps, is_last = self._position()
-        session.observe(timestep, num_steps)
-        return session.step(
-            self._context_name(arguments.get("encoder_hidden_states")),
-            timestep=timestep,
-            num_inference_steps=num_steps,
-            is_last=is_last,
-        )
-
-    def _context_name(self, text: Tensor | None) -> str:
-        """The pipeline's name for the branch, or one by the identity of its text embedding."""
-        if self.context.current is not None:
-            return self.context.current.name
-        session = self.cache.session
-        if self._named_for is not session.stats:
-            self._branches, self._named_for = {}, session.stats
-        if text is None:  # a model without text has one branch
-            return "branch0"
-        for name, branch in self._branches.items():
-            if branch() is text:
-                return name
-            if branch() is None:
-                session.forget(name)  # nobody can ask for this branch again
-                session.warn("branches", _UNKNOWN_BRANCH)
-        name = f"branch{len(self._branches)}"
-        self._branches[name] = weakref.ref(text)
-        return name
-
-    def _position(self) -> tuple[int | None, bool | None]:
-        """Number of steps, and whether this is the last one, as far as the pipeline tells."""
-        given = self.context.current
-        if given is not None and given.num_inference_steps is not None:
-            return self._position_in_context(given.step_index, given.num_inference_steps)
-        scheduler = self.cache.scheduler()
-        timesteps: Any = getattr(scheduler, "timesteps", None)
-        if timesteps is None:
-            return None, None
-        if self._timesteps is None or self._timesteps() is not timesteps:
-            self.cache.session.reset()  # set_timesteps was called: a new run
-            self._timesteps = weakref.ref(timesteps)
-        begin = getattr(scheduler, "begin_index", None) or 0
-        position = getattr(scheduler, "step_index", None)
-        is_last = None if position is None else position >= len(timesteps) - 1
-        return len(timesteps) - begin, is_last
-
-    def _position_in_context(self, index: int | None, steps: int) -> tuple[int, bool | None]:
-        if index is None:
-            return steps, None
-        if index < self._step_index:
-            self.cache.session.reset()
-        self._step_index = index
-        return steps, index >= steps - 1
 
 
 class _BlockHook(ModelHook):

@@ -164,7 +164,7 @@ def register_family(family: ModelFamily) -> None:
     _FAMILIES[family.model_class] = family
 
 
-def families() -> tuple[ModelFamily, ...]:
+def supported_families() -> tuple[ModelFamily, ...]:
     """All supported families."""
     return tuple(_FAMILIES.values())
 

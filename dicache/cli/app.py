@@ -1,0 +1,159 @@
+"""The commands and their options; what a command does is in the module of its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import dicache
+
+from .errors import InputError, one_line
+
+# The base class of everything that is wrong with the arguments. Some versions of typer take it
+# from click, others have their own copy; both reach it this way.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="dicache",
+    help="DiCache: probe-guided caching for diffusion transformers (arXiv 2508.17356).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.")]
+Pixels = Annotated[int | None, typer.Option(min=1, help="In pixels.")]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code.
+
+    Raises:
+        InputError: Something is wrong with the arguments.
+    """
+    # diffusers imports all of transformers, which then reports what else could be installed.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        result = app(list(arguments), prog_name="dicache", standalone_mode=False)
+    except _UsageError as error:
+        message = one_line(error.format_message())  # type: ignore[attr-defined]
+        raise InputError(f"{message} (see dicache --help)") from error
+    return result if isinstance(result, int) else 0
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dicache {dicache.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str, typer.Option(help="flux (images), hunyuan-video or wan (videos), or all.")
+    ] = "all",
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Denoising steps. 30 for images and 50 for videos, if not given."),
+    ] = None,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-output"),
+) -> None:
+    """Draw with the small trained models that ship with the package, without and with DiCache.
+
+    Runs the real diffusers pipelines, prints what DiCache saved and how close its pictures are, and
+    writes pictures, animations and a plot of what the cache decided in every step.
+    """
+    from .demo import run_demo
+
+    run_demo(model, steps, seed, out)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="Pipeline: a Hub name or a folder.")],
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Published rules: flux, flux-delta-minus, hunyuan-video or wan2.1. "
+            "If not given, this project's own."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Reuse while the accumulated error is below; the family's, if not given."
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Fixed mask such as CCCRRC: compute or reuse, one letter a step."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also run without the cache; report both.")
+    ] = False,
+    steps: Steps = None,
+    seed: Seed = 0,
+    height: Pixels = None,
+    width: Pixels = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Of a video.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="As the pipeline has it.")] = None,
+    true_cfg_scale: Annotated[
+        float | None,
+        typer.Option(help="Guidance by a second branch, where the pipeline has it (Flux, Qwen)."),
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on a GPU.")
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, mps, ..., or auto: a CUDA GPU if there is one.")
+    ] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("dicache-output"),
+) -> None:
+    """Draw a prompt with any supported diffusers pipeline, with DiCache.
+
+    Writes the picture or video, the plot of the schedule, and the statistics as JSON. Options that
+    are not given keep the pipeline's own defaults.
+    """
+    from .generate import Request, run_generate
+
+    arguments = {
+        "num_inference_steps": steps,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "guidance_scale": guidance_scale,
+        "true_cfg_scale": true_cfg_scale,
+        "negative_prompt": negative_prompt,
+    }
+    given = {name: value for name, value in arguments.items() if value is not None}
+    rules = {"preset": preset, "threshold": threshold, "schedule": schedule}
+    run_generate(
+        Request(model, prompt, seed, given, rules, compare, dtype=dtype, device=device, out=out)
+    )
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices, backends, and the supported model families."""
+    from .info import print_info
+
+    print_info()

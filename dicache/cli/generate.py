@@ -1,0 +1,324 @@
+"""`dicache generate`: one prompt through any supported diffusers pipeline, with DiCache."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dicache import DiCacheConfig, apply_dicache, remove_dicache
+from dicache.demo.pictures import (
+    comparison_animation,
+    comparison_sheet,
+    save_animation,
+    to_image,
+)
+from dicache.demo.report import (
+    comparison_table,
+    sample_to_dict,
+    summarize,
+    summary_to_dict,
+    write_json,
+)
+from dicache.demo.runner import Sample, run_cached, run_uncached
+from dicache.demo.schedule_plot import save_schedule_plot
+
+from .errors import InputError, one_line
+from .files import make_folder
+from .info import devices, versions
+
+VIDEO_FPS = 16
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        arguments: Arguments of the pipeline's call that were given, by the pipeline's names.
+        rules: `preset`, `threshold` and `schedule`, each None where not given.
+    """
+
+    model: str
+    prompt: str
+    seed: int
+    arguments: dict[str, Any]
+    rules: dict[str, Any]
+    compare: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    out: Path = Path("dicache-output")
+
+
+def run_generate(request: Request) -> None:
+    """Draw, print what the cache did, and write the files.
+
+    Raises:
+        InputError: The request cannot be met: an unknown rule, device or option, a model that is
+            no pipeline or is not supported, or too little memory for it.
+    """
+    config = make_config(**request.rules)
+    device = find_device(request.device)
+    dtype = find_dtype(request.dtype, device)
+    folder = make_folder(request.out)
+    pipe = load_pipeline(request.model, dtype)
+    _check_supported(pipe, config)
+    arguments = _check_arguments(pipe, request)
+    with _memory_errors(device):
+        pipe.to(device)
+        sample = _draw(pipe, request, arguments, config)
+    name = type(pipe).__name__
+    summary = summarize(name, [sample])
+    written = _write_pictures(folder, name, sample)
+    title = f"DiCache in {name}: {_shorten(request.prompt)}, seed {request.seed}"
+    save_schedule_plot(folder / "schedule.png", title, sample.cached)
+    data = {
+        "model": request.model,
+        "pipeline": name,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": versions(),
+        "arguments": request.arguments,
+        "summary": summary_to_dict(summary),
+        **sample_to_dict(sample),
+    }
+    write_json(folder / "stats.json", data)
+    console = Console()
+    console.print(comparison_table([summary]))
+    files = ", ".join([*written, "schedule.png", "stats.json"])
+    console.print(f"{folder}: {files}", soft_wrap=True, highlight=False, markup=False)
+
+
+def make_config(preset: str | None, threshold: float | None, schedule: str | None) -> DiCacheConfig:
+    """The rules that the options describe.
+
+    Raises:
+        InputError: There is no such preset, or a value is out of its range.
+    """
+    given = {"threshold": threshold, "schedule": schedule}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        if preset is None:
+            return DiCacheConfig(**given)  # type: ignore[arg-type]
+        return DiCacheConfig.preset(preset, **given)
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = devices()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or not any(key in (name, f"{name}:0") for key in known):
+        raise InputError(f"device {name!r} is not here; expected auto, {', '.join(known)}")
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16 on a GPU and float32 on the CPU.
+
+    Raises:
+        InputError: There is no such dtype.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in _DTYPES:
+        raise InputError(f"unknown dtype {name!r}; expected one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def load_pipeline(model: str, dtype: torch.dtype) -> Any:
+    """Load a pipeline from a folder or from the Hub.
+
+    Raises:
+        InputError: There is no pipeline, or it cannot be loaded.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise InputError(f"--model {model} is a file; expected a pipeline's folder or Hub name")
+    if not path.exists() and (path.is_absolute() or model.count("/") != 1 or model[0] in ".~"):
+        raise InputError(f"--model {model} is neither a folder nor a Hub name (owner/name)")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise InputError(
+            f"--model {model} holds no diffusers pipeline (there is no model_index.json in it)"
+        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would tell on the way is in the exception, too
+    try:
+        return DiffusionPipeline.from_pretrained(path if path.is_dir() else model, dtype=dtype)
+    except Exception as error:  # other people's files and network: whatever fails, fails on them
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"cannot load the pipeline {model!r}: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_supported(pipe: Any, config: DiCacheConfig) -> None:
+    """Find out now, before an hour of un-cached work, whether the cache fits the pipeline."""
+    try:
+        apply_dicache(pipe, config)
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+    remove_dicache(pipe)
+
+
+def _check_arguments(pipe: Any, request: Request) -> dict[str, Any]:
+    """Arguments for the pipeline's call, all of which it takes.
+
+    Raises:
+        InputError: It lacks one that was given, or requires one that this command has not.
+    """
+    name = type(pipe).__name__
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for argument in request.arguments:
+        if argument not in parameters:
+            option = _option_name(argument)
+            raise InputError(f"{name} has no {argument}, so {option} cannot be used with it")
+    arguments = {"prompt": request.prompt, "output_type": "pt", **request.arguments}
+    for argument, parameter in list(parameters.items())[1:]:
+        named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if named and parameter.default is parameter.empty and argument not in arguments:
+            raise InputError(
+                f"{name} needs {argument!r}, which this command cannot give; use apply_dicache in "
+                f"Python"
+            )
+    if "negative_prompt" in arguments and not arguments.get("true_cfg_scale"):
+        default = parameters["true_cfg_scale"].default if "true_cfg_scale" in parameters else 2.0
+        if isinstance(default, (int, float)) and default <= 1:
+            _note(f"{name} ignores --negative-prompt unless --true-cfg-scale is above 1")
+    return {key: value for key, value in arguments.items() if key in parameters}
+
+
+def _draw(pipe: Any, request: Request, arguments: dict[str, Any], config: DiCacheConfig) -> Sample:
+    """One run with the cache; to compare, a short warm-up before and one without it after."""
+
+    def inputs(**changes: Any) -> dict[str, Any]:
+        # On the CPU, a seed gives the same noise whatever the device.
+        generator = torch.Generator().manual_seed(request.seed)
+        return {**arguments, "generator": generator, **changes}
+
+    with _refused_arguments():
+        if request.compare:
+            pipe.set_progress_bar_config(desc="warm-up")
+            run_uncached(pipe, lambda: inputs(num_inference_steps=1), _pictures)
+        pipe.set_progress_bar_config(desc="with DiCache")
+        cached = run_cached(pipe, inputs, _pictures, config)
+        if not bool(cached.pictures.isfinite().all()):
+            _note("the pipeline's output has NaN or infinite pixels")
+        if not request.compare:
+            return Sample(request.prompt, request.seed, cached)
+        pipe.set_progress_bar_config(desc="without cache")
+        uncached = run_uncached(pipe, inputs, _pictures)
+    return Sample(request.prompt, request.seed, cached, uncached)
+
+
+def _pictures(output: Any) -> Tensor:
+    """The first picture [3, H, W] or video [F, 3, H, W] of a pipeline's result."""
+    for field in ("images", "frames"):
+        batch = getattr(output, field, None)
+        if isinstance(batch, Tensor):
+            return batch[0].float().cpu()
+    raise InputError(f"this pipeline returns a {type(output).__name__} without pictures or videos")
+
+
+def _write_pictures(folder: Path, pipeline: str, sample: Sample) -> list[str]:
+    """Write picture or video of every run, and both side by side; returns the files' names."""
+    written = [_write_output(folder, "output", sample.cached.pictures)]
+    if sample.uncached is None:
+        return written
+    written.append(_write_output(folder, "uncached", sample.uncached.pictures))
+    title = f"{pipeline}, seed {sample.seed}"
+    comparison_sheet(title, [sample]).save(folder / "comparison.png")
+    written.append("comparison.png")
+    if sample.cached.pictures.ndim == 4:
+        frames = comparison_animation(title, [sample])
+        save_animation(folder / "animation.gif", frames, round(1000 / VIDEO_FPS))
+        written.append("animation.gif")
+    return written
+
+
+def _write_output(folder: Path, stem: str, pictures: Tensor) -> str:
+    if pictures.ndim == 3:
+        to_image(pictures).save(folder / f"{stem}.png")
+        return f"{stem}.png"
+    frames = [to_image(frame) for frame in pictures]
+    if not _has_ffmpeg():
+        save_animation(folder / f"{stem}.gif", frames, round(1000 / VIDEO_FPS))
+        return f"{stem}.gif"
+    import imageio
+    import numpy
+
+    arrays = [numpy.asarray(frame) for frame in frames]
+    options = {"fps": VIDEO_FPS, "quality": 8, "macro_block_size": 2}
+    imageio.mimwrite(folder / f"{stem}.mp4", arrays, **options)
+    return f"{stem}.mp4"
+
+
+def _has_ffmpeg() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("imageio_ffmpeg") is not None
+
+
+@contextmanager
+def _refused_arguments() -> Iterator[None]:
+    """Turn what a pipeline's own check of its arguments says into an `InputError`."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any(frame.name == "check_inputs" for frame in frames):
+            raise
+        raise InputError(one_line(error)) from error
+
+
+@contextmanager
+def _memory_errors(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"not enough memory on {device}; try a smaller --height, --width or --num-frames, or "
+            f"--dtype bfloat16"
+        ) from error
+
+
+def _option_name(argument: str) -> str:
+    return "--steps" if argument == "num_inference_steps" else "--" + argument.replace("_", "-")
+
+
+def _shorten(prompt: str) -> str:
+    return prompt if len(prompt) <= 80 else prompt[:77] + "..."
+
+
+def _note(text: str) -> None:
+    print(f"dicache: warning: {text}", file=sys.stderr)

@@ -1,0 +1,85 @@
+"""`dicache info`: what is installed, what it can run on, and which models it knows."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import dicache
+from dicache.integrations import supported_families
+from dicache.ops import backend_status
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "imageio-ffmpeg")
+
+
+def print_info() -> None:
+    """Print all tables."""
+    console = Console()
+    rows = {**versions(), "platform": platform.platform()}
+    console.print(_two_columns("versions", "package", "version", rows))
+    console.print(_two_columns("devices", "device", "what it is", devices()))
+    console.print(_two_columns("backends", "backend", "status", backend_status()))
+    console.print(_families_table())
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python, and the packages that change what a run does."""
+    found = {"dicache": dicache.__version__, "python": platform.python_version()}
+    return found | {name: _version_of(name) for name in _PACKAGES}
+
+
+def devices() -> dict[str, str]:
+    """The devices that `dicache generate --device` accepts here."""
+    found = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        found[f"cuda:{index}"] = f"{properties.name}, {memory}, compute capability {capability}"
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple GPU"
+    if torch.xpu.is_available():
+        found["xpu"] = torch.xpu.get_device_name()
+    return found
+
+
+def _version_of(package: str) -> str:
+    try:
+        return installed_version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _table(title: str) -> Table:
+    """Narrow enough for the longest class name on 80 characters."""
+    table = Table(title=f"\n{title}", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.title_justify, table.title_style, table.header_style = "left", "bold", "dim"
+    return table
+
+
+def _two_columns(title: str, first: str, second: str, rows: dict[str, str]) -> Table:
+    table = _table(title)
+    table.add_column(first, no_wrap=True)
+    table.add_column(second)
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def _families_table() -> Table:
+    table = _table("supported model families")
+    table.add_column("family", no_wrap=True)
+    table.add_column("transformer", no_wrap=True)
+    table.add_column("threshold", justify="right")
+    table.add_column("published preset")
+    for family in supported_families():
+        row = (family.name, family.model_class, f"{family.threshold:g}", family.preset or "-")
+        table.add_row(*map(escape, row))
+    return table

@@ -1,0 +1,185 @@
+"""Pictures that show a comparison: image sheets, frame sheets and animations, drawn with Pillow.
+
+Pixels are shown as they are: small pictures grow by a whole factor with sharp edges, only pictures
+too large for a sheet shrink. Everything is a grid of cells, and a cell is a picture or a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from dicache.demo.runner import Sample
+
+DIFFERENCE_GAIN = 5
+SHEET_FRAMES = 8
+FRAME_MILLISECONDS = 160
+_UNCACHED, _DICACHE = "without\ncache", "DiCache"
+
+
+def comparison_sheet(title: str, samples: Sequence[Sample]) -> Image.Image:
+    """Un-cached and cached pictures of compared samples.
+
+    Images of several samples stand below each other, one column a sample, with their difference
+    below; those of one sample stand side by side. Of every video up to `SHEET_FRAMES` frames are
+    shown, un-cached above cached.
+    """
+    is_video = samples[0].cached.pictures.ndim == 4
+    body = _frame_sheet(samples) if is_video else _image_sheet(samples)
+    return _page(title, body)
+
+
+def comparison_animation(title: str, samples: Sequence[Sample]) -> list[Image.Image]:
+    """Frames of an animation: videos of compared samples, un-cached above cached."""
+    pages = []
+    for index in range(len(samples[0].cached.pictures)):
+        both = [_both_pictures(sample, index) for sample in samples]
+        cells = [[fit(to_image(p), 192, 480) for p in pictures] for pictures in both]
+        pages.append(_page(title, _columns(samples, cells, [_UNCACHED, _DICACHE])))
+    return pages
+
+
+def save_animation(
+    path: Path, frames: Sequence[Image.Image], milliseconds: int = FRAME_MILLISECONDS
+) -> None:
+    """Write frames as an endless GIF."""
+    flat = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
+    flat[0].save(path, save_all=True, append_images=flat[1:], duration=milliseconds, loop=0)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] as an 8-bit picture; values outside are clipped, NaN is black."""
+    levels = (picture.nan_to_num(0.0).clamp(0.0, 1.0) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def fit(image: Image.Image, smallest: int, largest: int) -> Image.Image:
+    """Bring a picture to a showable size, with its pixels kept square and sharp where it grows."""
+    factor = -(-smallest // max(image.size))
+    if factor > 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image = image.copy()
+    image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+    return image
+
+
+def _image_sheet(samples: Sequence[Sample]) -> Image.Image:
+    cells = []
+    for sample in samples:
+        uncached, cached = _both_pictures(sample)
+        difference = ((cached - uncached).abs() * DIFFERENCE_GAIN).clamp(0.0, 1.0)
+        pictures = (uncached, cached, difference)
+        cells.append([fit(to_image(picture), 192, 1024) for picture in pictures])
+    labels = [_UNCACHED, _DICACHE, f"difference\n× {DIFFERENCE_GAIN}"]
+    if len(samples) > 1:
+        return _columns(samples, cells, labels)
+    row = _grid([[_text(label.replace("\n", " ")) for label in labels], cells[0]], gap=8)
+    head = _text(samples[0].prompt, row.width, bold=True)
+    foot = _text(_verdict(samples[0]).replace("\n", ", "), row.width)
+    return _grid([[head], [row], [foot]], gap=8)
+
+
+def _frame_sheet(samples: Sequence[Sample]) -> Image.Image:
+    count = len(samples[0].cached.pictures)
+    shown = min(count, SHEET_FRAMES)
+    chosen = [round(i * (count - 1) / max(shown - 1, 1)) for i in range(shown)]
+    blocks = []
+    for sample in samples:
+        rows = [[_text("")] + [_text(f"frame {index + 1}", size=12) for index in chosen]]
+        for label, run in ((_UNCACHED, 0), (_DICACHE, 1)):
+            frames = [_both_pictures(sample, index)[run] for index in chosen]
+            rows.append([_text(label), *(fit(to_image(frame), 100, 320) for frame in frames)])
+        block = _grid(rows)
+        verdict = _verdict(sample).replace("\n", ", ")
+        head = [_text(sample.prompt, block.width, bold=True), _text(verdict, block.width)]
+        blocks.append([_grid([[cell] for cell in (*head, block)])])
+    return _grid(blocks, gap=18)
+
+
+def _columns(
+    samples: Sequence[Sample], cells: Sequence[Sequence[Image.Image]], labels: Sequence[str]
+) -> Image.Image:
+    """One column a sample: its prompt, its pictures, and how alike they are."""
+    width = cells[0][0].width + 8
+    heads = [_text("")] + [_text(sample.prompt, width, bold=True) for sample in samples]
+    rows = [[_text(label), *(column[row] for column in cells)] for row, label in enumerate(labels)]
+    feet = [_text("")] + [_text(_verdict(sample), width) for sample in samples]
+    return _grid([heads, *rows, feet], gap=8)
+
+
+def _verdict(sample: Sample) -> str:
+    quality = sample.quality
+    assert quality is not None  # only compared samples are drawn
+    caches = sample.cached.caches.values()
+    fewer = sum(c.block_calls_uncached for c in caches) / sum(c.stats.block_calls for c in caches)
+    likeness = f"PSNR {quality.psnr:.1f} dB, SSIM {quality.ssim:.3f}"
+    return f"{likeness}\n{fewer:.2f}× fewer block calls"
+
+
+def _both_pictures(sample: Sample, frame: int | None = None) -> tuple[Tensor, Tensor]:
+    assert sample.uncached is not None  # only compared samples are drawn
+    uncached, cached = sample.uncached.pictures, sample.cached.pictures
+    return (uncached, cached) if frame is None else (uncached[frame], cached[frame])
+
+
+def _page(title: str, body: Image.Image) -> Image.Image:
+    head = _text(title, width=body.width, size=17, bold=True)
+    content = _grid([[head], [body]], gap=8)
+    page = Image.new("RGB", (content.width + 32, content.height + 32), "white")
+    page.paste(content, (16, 16))
+    return page
+
+
+def _grid(cells: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
+    """Put cells into rows and columns, each centred in its place."""
+    widths = [max(row[i].width for row in cells) for i in range(len(cells[0]))]
+    heights = [max(cell.height for cell in row) for row in cells]
+    size = (sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(heights) - 1))
+    sheet = Image.new("RGB", size, "white")
+    top = 0
+    for row, height in zip(cells, heights, strict=True):
+        left = 0
+        for cell, width in zip(row, widths, strict=True):
+            sheet.paste(cell, (left + (width - cell.width) // 2, top + (height - cell.height) // 2))
+            left += width + gap
+        top += height + gap
+    return sheet
+
+
+def _text(text: str, width: int | None = None, size: int = 14, bold: bool = False) -> Image.Image:
+    """A text as a cell, wrapped to `width` pixels; without one, as wide as it is."""
+    font = _font(size, bold)
+    if width is not None:
+        text = "\n".join(_wrap(line, width - 8, font) for line in text.split("\n"))
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    right, bottom = draw.multiline_textbbox((0, 0), text, font=font, spacing=4)[2:]
+    cell = Image.new("RGB", (int(right) + 8, int(bottom) + 6), "white")
+    place = (4, 2)
+    ImageDraw.Draw(cell).multiline_text(
+        place, text, font=font, fill="#222222", spacing=4, align="center"
+    )
+    return cell
+
+
+def _wrap(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """Break a line between words, so that no part is wider than `width` pixels."""
+    parts = [""]
+    for word in line.split():
+        longer = f"{parts[-1]} {word}".strip()
+        if parts[-1] and font.getlength(longer) > width:
+            parts.append(word)
+        else:
+            parts[-1] = longer
+    return "\n".join(parts)
+
+
+@cache
+def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)

@@ -1,0 +1,143 @@
+"""The schedule plot: what the cache decided in every step of a run, and on which evidence.
+
+One row of panels a context (branch) of the run: the step's error, the accumulated error that is
+compared with the threshold, and gamma, the weight of the trajectory. Colour is the step's action.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from dicache import DiCacheConfig, StepRecord
+from dicache.demo.runner import CacheReport, Run
+
+ACTION_COLORS = {"compute": "#9aa0a6", "resume": "#e8820c", "reuse": "#1f77b4"}
+_ACTION_TEXTS = {
+    "compute": "computed: all blocks, gate not asked",
+    "resume": "resumed: probe, then the remaining blocks",
+    "reuse": "reused: probe only",
+}
+_ERROR_TEXTS = {
+    "alignment": r"misfit of the trajectory  $\|a-\gamma d\| \,/\, \|q\|$",
+    "delta_y": r"change of the probe  $\delta_y$",
+    "delta_minus": r"change of the probe beyond the input's  $|\delta_y-\delta_x|$",
+}
+_STRIP = 0.07  # height of the colour strip, as a share of its panel
+
+
+def save_schedule_plot(path: Path, title: str, run: Run) -> None:
+    """Draw the schedule of a cached run and write it to `path`.
+
+    Raises:
+        ValueError: The run has no records.
+    """
+    rows = [
+        (_row_name(run, transformer, context), report, records)
+        for transformer, report in run.caches.items()
+        for context, records in report.stats.contexts.items()
+        if records
+    ]
+    if not rows:
+        raise ValueError("there is no step to plot: the run has no cache statistics")
+    figure = Figure(figsize=(13.0, 1.5 + 2.6 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(rows), 3, squeeze=False)
+    for axes, (name, report, records) in zip(panels, rows, strict=True):
+        _draw_row(axes, name, report.config, records)
+    _label_columns(panels, rows[0][1])
+    _draw_head(figure, title)
+    figure.savefig(path, dpi=110)
+
+
+def _row_name(run: Run, transformer: str, context: str) -> str:
+    return context if len(run.caches) == 1 else f"{transformer}, {context}"
+
+
+def _draw_row(axes: Any, name: str, config: DiCacheConfig, records: list[StepRecord]) -> None:
+    counts = {action: sum(r.action == action for r in records) for action in ACTION_COLORS}
+    _draw_bars(axes[0], records, [record.error for record in records])
+    _draw_bars(axes[1], records, [record.accumulated_error for record in records])
+    _draw_threshold(axes[1], config)
+    _draw_gamma(axes[2], records)
+    for panel in axes:
+        _draw_actions(panel, records)
+    texts = (f"{counts['compute']} computed", f"{counts['resume']} resumed")
+    summary = ", ".join((*texts, f"{counts['reuse']} reused"))
+    axes[0].set_ylabel(f"branch {name!r}\n{summary}", fontsize=9)
+
+
+def _draw_bars(panel: Any, records: list[StepRecord], values: list[float | None]) -> None:
+    """One bar a probed step; a value that is not finite has no bar."""
+    known = [(r, v) for r, v in zip(records, values, strict=True) if v is not None]
+    shown = [(record, value) for record, value in known if math.isfinite(value)]
+    panel.bar(
+        [record.step for record, _ in shown],
+        [value for _, value in shown],
+        width=0.85,
+        color=[ACTION_COLORS[record.action] for record, _ in shown],
+    )
+
+
+def _draw_threshold(panel: Any, config: DiCacheConfig) -> None:
+    threshold = config.threshold
+    if threshold is None or not math.isfinite(threshold) or config.schedule is not None:
+        return
+    color, style = "#c02020", "--"
+    line = panel.axhline(threshold, color=color, linestyle=style, linewidth=1.3)
+    panel.legend(
+        [line],
+        [f"threshold {threshold:g}"],
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - _STRIP),
+        frameon=False,
+        labelcolor=color,
+        fontsize=9,
+    )
+
+
+def _draw_gamma(panel: Any, records: list[StepRecord]) -> None:
+    reused = [record for record in records if record.gamma is not None]
+    panel.axhline(1.0, color="#bbbbbb", linewidth=1.0, zorder=0)
+    panel.scatter(
+        [record.step for record in reused],
+        [record.gamma for record in reused],
+        s=22,
+        color=ACTION_COLORS["reuse"],
+    )
+
+
+def _draw_actions(panel: Any, records: list[StepRecord]) -> None:
+    """A strip along the panel's top with the action of every step, above the data."""
+    last = max(record.step for record in records)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, low + (high - low) * 1.15 / (1 - _STRIP))
+    panel.set_xlim(-0.9, last + 0.9)
+    for record in records:
+        color = ACTION_COLORS[record.action]
+        left, right = record.step - 0.45, record.step + 0.45
+        panel.axvspan(left, right, 1 - _STRIP, 1.0, color=color, linewidth=0)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _label_columns(panels: Any, report: CacheReport) -> None:
+    titles = (
+        f"error of the step\n{_ERROR_TEXTS[report.config.error]}",
+        "accumulated error since the last computed step\nreused while below the threshold",
+        "gamma of reused steps\n1 repeats the newest residual, more extrapolates",
+    )
+    for panel, text in zip(panels[0], titles, strict=True):
+        panel.set_title(text, fontsize=10)
+    for panel in panels[-1]:
+        panel.set_xlabel("denoising step")
+
+
+def _draw_head(figure: Figure, title: str) -> None:
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    patches = [Patch(color=ACTION_COLORS[a], label=text) for a, text in _ACTION_TEXTS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)

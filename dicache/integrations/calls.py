@@ -1,0 +1,160 @@
+"""Where a call of the transformer stands: which guidance branch, which run, which step of how many.
+
+Pipelines tell little of that, and each tells something else. The tracker reads what there is: the
+`cache_context` of the call, the scheduler of the pipeline that the cache was applied to, the
+timestep, the identity of the text embedding. What it cannot find out it leaves open, and the
+session then computes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from diffusers.hooks.hooks import StateManager
+from torch import Tensor
+
+from ..session import DiCacheSession, Step, as_number
+
+_MOST_BRANCHES = 4
+_UNKNOWN_BRANCH = (
+    "The pipeline sets no cache_context and makes new text embeddings during a run, so its "
+    "guidance branches cannot be told apart; steps of a new embedding are computed. Wrap the calls "
+    "of the transformer in `with transformer.cache_context(name):`."
+)
+
+
+class CacheContext(StateManager):
+    """What the pipeline said with `cache_context(...)`; diffusers finds it by its base class."""
+
+    def __init__(self) -> None:
+        super().__init__(dict)
+
+    @property
+    def current(self) -> Any:
+        """Name and numbers of this call, or `None` where the pipeline gives none."""
+        return self._context
+
+
+class CallTracker:
+    """Opens the session's steps for one transformer.
+
+    Args:
+        session: The transformer's session.
+        pipeline: The pipeline that the cache was applied to, if any. It is referenced weakly; its
+            scheduler is kept, because a pipeline made by `from_pipe` shares it.
+    """
+
+    def __init__(self, session: DiCacheSession, pipeline: DiffusionPipeline | None) -> None:
+        self.session = session
+        self.context = CacheContext()
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._scheduler = getattr(pipeline, "scheduler", None)
+        self._layout: object = None
+        self._branches: dict[str, weakref.ref[Tensor]] = {}
+        self._num_branches = 0
+        self._named_for: object = None  # the run whose branches are named
+        self._timesteps: weakref.ref[Any] | None = None
+        self._begin = 0  # where the run began in these timesteps
+        self._is_idle = False  # whether another scheduler than ours drives the run
+        self._step_indices: dict[str, int] = {}  # of each context's last call
+
+    def open_step(self, arguments: dict[str, Any]) -> Step:
+        """The step that a call of the transformer with these arguments is."""
+        session = self.session
+        layout = _layout(arguments.get("hidden_states"))
+        if layout != self._layout:  # a new run, to be known before its first branch is named
+            session.reset()
+            self._layout = layout
+        timestep = as_number(arguments.get("timestep"))
+        num_steps, is_last = self._position(timestep)
+        session.observe(timestep, num_steps)
+        return session.step(
+            self._context_name(arguments.get("encoder_hidden_states")),
+            timestep=timestep,
+            num_inference_steps=num_steps,
+            is_last=is_last,
+        )
+
+    def _context_name(self, text: Tensor | None) -> str:
+        """The pipeline's name for the branch, or one by the identity of its text embedding."""
+        if self.context.current is not None:
+            return self.context.current.name
+        if self._named_for is not self.session.stats:
+            self._branches, self._num_branches = {}, 0
+            self._named_for = self.session.stats
+        if text is None:  # a model without text has one branch
+            return "branch0"
+        for name, branch in self._branches.items():
+            if branch() is text:
+                return name
+        self._drop_branches()
+        name = f"branch{self._num_branches}"
+        self._num_branches += 1
+        self._branches[name] = weakref.ref(text)
+        return name
+
+    def _drop_branches(self) -> None:
+        """Free branches nobody can ask for again, and the oldest where there are too many."""
+        gone = [name for name, branch in self._branches.items() if branch() is None]
+        if not gone and len(self._branches) == _MOST_BRANCHES:
+            gone = [next(iter(self._branches))]
+        for name in gone:
+            self.session.forget(name)
+            del self._branches[name]
+            self.session.warn("branches", _UNKNOWN_BRANCH)
+
+    def _position(self, timestep: float | None) -> tuple[int | None, bool | None]:
+        """Number of steps, and whether this is the last one, as far as the pipeline tells."""
+        given = self.context.current
+        if given is not None and given.num_inference_steps is not None:
+            return self._position_in_context(given)
+        pipeline = None if self._pipeline is None else self._pipeline()
+        self._scheduler = getattr(pipeline, "scheduler", self._scheduler)
+        if getattr(self._scheduler, "timesteps", None) is None:
+            return None, None
+        return self._position_in_schedule(self._scheduler, timestep)
+
+    def _position_in_context(self, given: Any) -> tuple[int, bool | None]:
+        index, steps = given.step_index, given.num_inference_steps
+        if index is None:
+            return steps, None
+        if index <= self._step_indices.get(given.name, -1):  # a branch is called once a step
+            self.session.reset()
+            self._step_indices.clear()
+        self._step_indices[given.name] = index
+        return steps, index >= steps - 1
+
+    def _position_in_schedule(
+        self, scheduler: Any, timestep: float | None
+    ) -> tuple[int | None, bool | None]:
+        timesteps = scheduler.timesteps
+        position = getattr(scheduler, "step_index", None)
+        if self._timesteps is None or self._timesteps() is not timesteps:
+            self.session.reset()  # set_timesteps was called: a new run
+            self._timesteps = weakref.ref(timesteps)
+            self._begin = _index_of(timestep, timesteps)
+            self._is_idle = False
+        if position is not None and position >= len(timesteps):
+            self._is_idle = True  # ours has finished, so it is another pipeline's that runs
+        if self._is_idle:
+            return None, None
+        begin = getattr(scheduler, "begin_index", None)
+        begin = self._begin if begin is None else begin
+        is_last = None if position is None else position >= len(timesteps) - 1
+        return len(timesteps) - begin, is_last
+
+
+def _layout(value: Any) -> object:
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None
+
+
+def _index_of(timestep: float | None, timesteps: Any) -> int:
+    """Which of the scheduler's timesteps a run begins with.
+
+    Some video-to-video pipelines leave out the first ones without telling the scheduler. Pipelines
+    that scale or round the timestep do tell it, so an unknown value stands for the first one.
+    """
+    values = timesteps.tolist()
+    return values.index(timestep) if timestep in values else 0

@@ -1,0 +1,78 @@
+"""ControlNet residuals, which models add between blocks, count once on every kind of step.
+
+The expected values come from an un-cached twin that gets the same residuals: x is what enters
+block 0, y what leaves the last block; the last block's own control residual is added by the model
+behind y, on computed and reused steps alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build, calls
+from twin import Twin, assert_close, expected_run
+
+from dicache import DiCacheConfig, apply_dicache, get_stats
+
+# How many residuals the model gets for its two stacks, or its one, of blocks. Fewer residuals than
+# blocks are spread over them; Chroma adds its single-stream residuals in place.
+CONTROLS: dict[str, list[dict[str, int]]] = {
+    "flux": [{"block": 2, "single_block": 2}, {"block": 1}, {"single_block": 2}],
+    "chroma": [{"block": 2, "single_block": 2}, {"block": 1}, {"single_block": 2}],
+    "qwen-image": [{"block": 4}, {"block": 2}],
+}
+CASES = [(name, counts) for name, cases in CONTROLS.items() for counts in cases]
+WIDTH, TOKENS = 24, 16
+
+
+def controlled_calls(name: str, counts: dict[str, int], num_steps: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(7)
+    steps = calls(name, num_steps)
+    for inputs in steps:
+        for kind, count in counts.items():
+            inputs[f"controlnet_{kind}_samples"] = [
+                torch.randn(2, TOKENS, WIDTH, generator=generator) for _ in range(count)
+            ]
+    return steps
+
+
+@pytest.mark.parametrize("probe_depth", (1, 3))
+@pytest.mark.parametrize(("name", "counts"), CASES)
+def test_reused_steps_count_control_residuals_once(name, counts, probe_depth):
+    mask = "CCRRCR"
+    rules = DiCacheConfig(schedule=mask, probe_depth=probe_depth)
+    steps = controlled_calls(name, counts, len(mask))
+    twin = Twin(name, build(name), probe_depth)
+    expected = expected_run(twin, steps, mask, rules.alignment, rules.gamma_range)
+    model = build(name)
+    apply_dicache(model, rules)
+    for inputs, step in zip(steps, expected, strict=True):
+        assert_close(model(**inputs)[0], step.output)
+    assert get_stats(model).num_reused == 3
+
+
+@pytest.mark.parametrize(("name", "counts"), CASES)
+def test_resumed_steps_equal_no_cache_bit_by_bit(name, counts):
+    model = build(name)
+    steps = controlled_calls(name, counts, 4)
+    plain = [model(**inputs)[0] for inputs in steps]
+    apply_dicache(model, DiCacheConfig(threshold=0, retention_ratio=0, compute_last_step=False))
+    for inputs, expected in zip(steps, plain, strict=True):
+        assert torch.equal(model(**inputs)[0], expected)
+    assert get_stats(model).num_resumed == 3
+
+
+def test_control_residuals_of_this_step_reach_the_head_on_a_reused_step():
+    """The last block's residual is not part of the cache: a new one shows at once."""
+    model, steps = build("flux"), controlled_calls("flux", {"single_block": 2}, 3)
+    outputs = []
+    for factor in (1, 3):
+        steps[2]["controlnet_single_block_samples"] = [
+            factor * sample for sample in steps[2]["controlnet_single_block_samples"]
+        ]
+        apply_dicache(model, DiCacheConfig(schedule="CCR"))
+        outputs.append([model(**inputs)[0] for inputs in steps][-1])
+        model.disable_cache()
+    assert (outputs[0] - outputs[1]).abs().max() > 0.1

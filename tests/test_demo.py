@@ -1,0 +1,133 @@
+"""What the demo measures and draws: metrics, means, pictures and the schedule plot."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from dicache import DiCacheConfig, RunStats, StepRecord
+from dicache.demo import pictures, report, schedule_plot
+from dicache.demo.metrics import quality
+from dicache.demo.runner import CacheReport, Run, Sample
+
+RECORDS = [
+    StepRecord(0, "compute"),
+    StepRecord(1, "reuse", 0.03, 0.03, 1.2),
+    StepRecord(2, "resume", 0.09, 0.12),
+    StepRecord(3, "compute"),
+]
+
+
+def make_sample(shape, seconds=(3.0, 2.0), difference=0.1, contexts=("cond",)):
+    stats = RunStats({name: list(RECORDS) for name in contexts}, 28 * len(contexts), 4, 4096)
+    cache = CacheReport(DiCacheConfig(threshold=0.1), stats, num_blocks=9)
+    plain = torch.full(shape, 0.25)
+    cached = Run(plain + difference, seconds[1], {"transformer": cache})
+    return Sample("a prompt", 7, cached, Run(plain, seconds[0]))
+
+
+def test_psnr_is_that_of_the_formula_and_capped():
+    reference = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.5
+    # A constant difference d has the mean squared error d^2: 10 log10(1 / 0.01) = 20 dB.
+    assert quality(reference + 0.1, reference).psnr == pytest.approx(20.0, abs=1e-3)
+    same = quality(reference, reference)
+    assert same.psnr == 100.0 and same.ssim == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_video_counts_as_one_sample():
+    reference = torch.zeros(4, 3, 16, 16)
+    video = reference.clone()
+    video[0] = 0.2  # mean squared error 0.04 / 4 = 0.01: not the mean of three caps and 14 dB
+    assert quality(video, reference).psnr == pytest.approx(20.0, abs=1e-3)
+    assert quality(video, reference).ssim < 0.9
+
+
+def test_metrics_refuse_different_shapes():
+    with pytest.raises(ValueError, match=r"\(3, 16, 16\).*\(3, 8, 8\)"):
+        quality(torch.zeros(3, 16, 16), torch.zeros(3, 8, 8))
+
+
+def test_summary_averages_samples_and_adds_branches():
+    shape = (3, 16, 24)
+    samples = [
+        make_sample(shape, (3.0, 2.0), 0.1, ("cond", "uncond")),
+        make_sample(shape, (5.0, 2.0), 0.01, ("cond", "uncond")),
+    ]
+    summary = report.summarize("wan", samples)
+    assert (summary.computed, summary.resumed, summary.reused) == (4, 2, 2)
+    # 9 blocks x 4 steps x 2 branches un-cached, 28 x 2 with the cache.
+    assert summary.fewer_blocks == pytest.approx(72 / 56)
+    assert summary.speedup == pytest.approx(8.0 / 4.0)
+    assert summary.psnr == pytest.approx((20 + 40) / 2, abs=1e-3)
+    assert (summary.size, summary.steps) == ("24 x 16", "4 x 2")
+
+
+def test_json_stays_valid_with_infinity(tmp_path):
+    report.write_json(tmp_path / "x.json", {"a": [math.inf, math.nan, 1.5], 2: (None, True)})
+    text = (tmp_path / "x.json").read_text()
+    data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert data == {"a": ["inf", "nan", 1.5], "2": [None, True]}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (98320, "98.3 kB"), (2.5e10, "25 GB")]
+)
+def test_sizes_have_the_right_unit(count, text):
+    assert report.format_bytes(count) == text
+
+
+def test_small_pictures_grow_without_blur_and_large_ones_shrink():
+    small = pictures.to_image(torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(1)))
+    grown = pictures.fit(small, 192, 1024)
+    assert grown.size == (210, 140)
+    assert numpy.array_equal(numpy.asarray(grown)[::7, ::7], numpy.asarray(small))
+    assert pictures.fit(Image.new("RGB", (4096, 2048)), 192, 1024).size == (1024, 512)
+
+
+def test_pictures_survive_values_out_of_range():
+    picture = torch.tensor([float("nan"), 2.0, -1.0]).reshape(3, 1, 1)
+    assert pictures.to_image(picture).getpixel((0, 0)) == (0, 255, 0)
+
+
+def test_sheets_show_both_runs():
+    sample = make_sample((3, 20, 20), difference=0.5)
+    sheet = numpy.asarray(pictures.comparison_sheet("title", [sample, sample]))
+    for level in (0.25, 0.75):  # un-cached and cached
+        shown = (sheet == round(level * 255)).all(axis=-1).sum()
+        assert shown >= 2 * 200 * 200
+    assert (sheet == 255).all(axis=-1).sum() > 0.2 * sheet[..., 0].size
+
+
+def test_animation_has_every_frame(tmp_path):
+    sample = make_sample((5, 3, 20, 20))
+    for index in range(5):
+        sample.cached.pictures[index] = index / 5
+    frames = pictures.comparison_animation("title", [sample])
+    pictures.save_animation(tmp_path / "a.gif", frames)
+    shown = Image.open(tmp_path / "a.gif")
+    assert shown.n_frames == 5 and shown.info["loop"] == 0
+
+
+def test_schedule_plot_shows_every_action_in_its_colour(tmp_path):
+    run = make_sample((3, 8, 8), contexts=("cond", "uncond")).cached
+    schedule_plot.save_schedule_plot(tmp_path / "s.png", "title", run)
+    plot = numpy.asarray(Image.open(tmp_path / "s.png").convert("RGB"))
+    for color in schedule_plot.ACTION_COLORS.values():
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        # The strip alone: 3 panels x 2 branches x at least one step of about 80 x 15 pixels.
+        assert (plot == rgb).all(axis=-1).sum() > 3 * 2 * 80 * 15
+
+
+def test_schedule_plot_needs_steps_but_not_finite_ones(tmp_path):
+    with pytest.raises(ValueError, match="no step to plot"):
+        schedule_plot.save_schedule_plot(tmp_path / "s.png", "t", Run(torch.zeros(3, 8, 8), 1.0))
+    records = [StepRecord(0, "compute"), StepRecord(1, "resume", math.nan, math.inf)]
+    cache = CacheReport(DiCacheConfig(threshold=math.inf), RunStats({"cond": records}, 9), 9)
+    run = Run(torch.zeros(3, 8, 8), 1.0, {"transformer": cache})
+    schedule_plot.save_schedule_plot(tmp_path / "s.png", "t", run)
+    assert (tmp_path / "s.png").is_file()

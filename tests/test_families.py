@@ -1,0 +1,133 @@
+"""Every supported model family: the cache computes what its formulas say, and nothing else.
+
+Each test runs on a tiny model of each family. The expected values come from an un-cached twin and
+formulas written down a second time in `twin.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, blocks, build, calls
+from torch import Tensor, nn
+from twin import Twin, assert_close, expected_run
+
+from dicache import DiCacheConfig, apply_dicache, get_stats, remove_dicache
+from dicache.integrations import supported_families
+
+ALL = tuple(FAMILIES)
+RULES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "least-squares-delta-y": {"error": "delta_y", "gamma_range": (0.5, 0.9)},
+    "l1-delta-y": {"error": "delta_y", "alignment": "l1"},
+    "l1-delta-minus": {"error": "delta_minus", "alignment": "l1", "gamma_range": (1.0, 1.5)},
+}
+NEVER = {"threshold": 0, "retention_ratio": 0, "compute_last_step": False}
+EVERY_SECOND = {**NEVER, "threshold": float("inf"), "max_consecutive_reuse": 1}
+
+
+def run(model: nn.Module, steps: list[dict[str, Any]]) -> list[Tensor]:
+    return [model(**inputs)[0] for inputs in steps]
+
+
+def check_schedule(name: str, mask: str, probe_depth: int = 1, **config: Any) -> None:
+    """The cached model returns, on every step, what the twin's formula gives."""
+    rules = DiCacheConfig(probe_depth=probe_depth, **{"schedule": mask, **config})
+    model, steps = build(name), calls(name, len(mask))
+    twin = Twin(name, build(name), probe_depth)
+    expected = expected_run(twin, steps, mask, rules.alignment, rules.gamma_range)
+    apply_dicache(model, rules)
+    for output, step in zip(run(model, steps), expected, strict=True):
+        assert_close(output, step.output)
+    records = get_stats(model).contexts["branch0"]
+    for record, step in zip(records, expected, strict=True):
+        reused = step.gamma is not None
+        assert (record.action == "reuse") == reused
+        assert record.gamma == (pytest.approx(step.gamma, rel=1e-4) if reused else None)
+
+
+def test_every_registered_family_is_tested():
+    assert {family.model_class for family in supported_families()} <= {
+        family.model_class for family in FAMILIES.values()
+    }
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_without_reuse_equals_no_cache_bit_by_bit(name, rules):
+    model, steps = build(name), calls(name)
+    plain = run(model, steps)
+    apply_dicache(model, DiCacheConfig(**{**NEVER, **RULES[rules]}))
+    for output, expected in zip(run(model, steps), plain, strict=True):
+        assert torch.equal(output, expected)
+    stats = get_stats(model)
+    assert (stats.num_computed, stats.num_resumed, stats.num_reused) == (1, 5, 0)
+    assert stats.block_calls == len(steps) * len(blocks(name, model))
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("name", ALL)
+def test_a_reused_step_equals_the_formula(name, rules):
+    check_schedule(name, "CCRRCR", **RULES[rules])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_window_entry_adds_the_newest_residual(name):
+    check_schedule(name, "CR")
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("name", ALL)
+def test_a_resumed_step_is_recorded_like_a_computed_one(name, rules):
+    check_schedule(name, "CRCRCR", schedule=None, **{**EVERY_SECOND, **RULES[rules]})
+
+
+# Depth 3 of four blocks: in families with two stacks the probe ends behind the seam.
+@pytest.mark.parametrize("depth", (2, 3))
+@pytest.mark.parametrize("name", ALL)
+def test_the_probe_may_be_deeper(name, depth):
+    check_schedule(name, "CCRRCR", probe_depth=depth)
+    model = build(name)
+    apply_dicache(model, DiCacheConfig(probe_depth=depth, schedule="CCRR"))
+    run(model, calls(name, 4))
+    assert get_stats(model).block_calls == 2 * 4 + 2 * depth
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_window_and_the_probe_are_all_that_is_held(name):
+    for rules, tensors in (("default", 4), ("l1-delta-y", 5), ("l1-delta-minus", 6)):
+        model = build(name)
+        apply_dicache(model, DiCacheConfig(schedule="CCR", **RULES[rules]))
+        run(model, calls(name, 3))
+        assert get_stats(model).cache_tensors == tensors
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_remove_restores_the_model(name):
+    model, steps = build(name), calls(name)
+    plain = run(model, steps)
+    before = describe(model)
+    apply_dicache(model, DiCacheConfig(schedule="CCRRRR"))
+    run(model, steps)
+    remove_dicache(model)
+    assert describe(model) == before
+    for copied in (model, copy.deepcopy(model)):
+        for output, expected in zip(run(copied, steps), plain, strict=True):
+            assert torch.equal(output, expected)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The module tree as a user can see it: modules, hooks of any kind, and which code runs."""
+    return {
+        name: (
+            type(module),
+            getattr(module.forward, "__func__", None),
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
+            list(getattr(getattr(module, "_diffusers_hook", None), "hooks", ())),
+            getattr(module, "_cache_config", None),
+        )
+        for name, module in model.named_modules()
+    }

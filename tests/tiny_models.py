@@ -1,0 +1,355 @@
+"""Tiny transformers of every supported family, with random weights and inputs that fit them.
+
+A model has four blocks of width 16 to 48, in fp32 and evaluation mode, and depends only on its
+seed. Parameters that are zero at initialisation get random values, so that no residual is trivial.
+`TinyFamily` also says, independently of `dicache.integrations.families`, where a block's output
+carries the image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+TEXT_TOKENS = 5
+TEXT_WIDTH = 16
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """How to build and call one family's model.
+
+    Attributes:
+        model_class: Name of the class in diffusers.
+        config: Its arguments.
+        latents: Shape of the hidden states, from (batch, size).
+        inputs: The other arguments of a call, from (batch, size, generator).
+        stacks: Attributes of the block lists, in the order in which they run.
+        image_output: Place of the image tokens in the tuple that a block returns. A block that
+            returns a bare tensor has them at the tensor's end.
+        timesteps: First and last timestep of a run.
+    """
+
+    model_class: str
+    config: dict[str, Any]
+    latents: Callable[[int, int], tuple[int, ...]]
+    inputs: Callable[[int, int, torch.Generator], dict[str, Any]]
+    stacks: tuple[str, ...] = ("transformer_blocks",)
+    image_output: int = 0
+    timesteps: tuple[float, float] = (1000.0, 100.0)
+
+
+def build(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
+    """The tiny model of family `name`; equal seeds give equal weights."""
+    family = FAMILIES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(diffusers, family.model_class)(**{**family.config, **overrides})
+        for parameter in model.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def calls(
+    name: str, num_steps: int = 6, *, seed: int = 0, batch: int = 2, size: int = 4
+) -> list[dict[str, Any]]:
+    """Keyword arguments of the calls of one run, which share text and masks as pipelines do."""
+    family = FAMILIES[name]
+    arguments = family.inputs(batch, size, torch.Generator().manual_seed(seed))
+    noise, picture = (_normal(family.latents(batch, size), seed + 1 + k) for k in (0, 1))
+    first, last = family.timesteps
+    steps = []
+    for share in torch.linspace(0, 1, num_steps).tolist():
+        # The probes of a straight line would all be alike; the wave bends it.
+        wave = 0.3 * torch.sin(4 * share + picture)
+        moving = {
+            "hidden_states": (1 - share) * noise + share * picture + wave,
+            "timestep": torch.full((batch,), first + share * (last - first)),
+        }
+        steps.append({**arguments, **moving, "return_dict": False})
+    return steps
+
+
+def blocks(name: str, model: nn.Module) -> list[nn.Module]:
+    """The model's blocks, in the order in which they run."""
+    return [block for stack in FAMILIES[name].stacks for block in getattr(model, stack)]
+
+
+def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _text(batch: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(batch, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
+
+
+def _mask(batch: int) -> Tensor:
+    mask = torch.ones(batch, TEXT_TOKENS)
+    mask[0, -1] = 0
+    return mask
+
+
+def _grid(size: int, axes: int) -> Tensor:
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    ids = torch.zeros(size * size, axes)
+    ids[:, 1], ids[:, 2] = rows.flatten(), columns.flatten()
+    return ids
+
+
+def _flux_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": _text(batch, generator),
+        "pooled_projections": torch.randn(batch, 16, generator=generator),
+        "img_ids": _grid(size, 3),
+        "txt_ids": torch.zeros(TEXT_TOKENS, 3),
+    }
+
+
+def _flux2_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": _text(batch, generator),
+        "img_ids": _grid(size, 4),
+        "txt_ids": torch.zeros(TEXT_TOKENS, 4),
+        "guidance": torch.full((batch,), 4.0),
+    }
+
+
+def _chroma_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": _text(batch, generator),
+        "img_ids": _grid(size, 3),
+        "txt_ids": torch.zeros(TEXT_TOKENS, 3),
+        "attention_mask": torch.ones(batch, TEXT_TOKENS + size * size),
+    }
+
+
+def _qwen_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": _text(batch, generator),
+        "encoder_hidden_states_mask": torch.ones(batch, TEXT_TOKENS).long(),
+        "img_shapes": [[(1, size, size)]] * batch,
+    }
+
+
+def _hunyuan_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": _text(batch, generator),
+        "encoder_attention_mask": _mask(batch),
+        "pooled_projections": torch.randn(batch, 16, generator=generator),
+        "guidance": torch.full((batch,), 6000.0),
+    }
+
+
+def _hunyuan15_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": _text(batch, generator),
+        "encoder_attention_mask": _mask(batch),
+        "encoder_hidden_states_2": _text(batch, generator),
+        "encoder_attention_mask_2": _mask(batch),
+        "image_embeds": torch.zeros(batch, 2, 16),
+    }
+
+
+def _text_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {"encoder_hidden_states": _text(batch, generator)}
+
+
+def _masked_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {**_text_inputs(batch, size, generator), "encoder_attention_mask": _mask(batch)}
+
+
+def _ltx_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    shape = {"num_frames": 2, "height": size, "width": size}
+    return {**_masked_inputs(batch, size, generator), **shape}
+
+
+def _mochi_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    inputs = _masked_inputs(batch, size, generator)
+    return {**inputs, "encoder_attention_mask": inputs["encoder_attention_mask"].bool()}
+
+
+def _packed(channels: int, frames: int = 1) -> Callable[[int, int], tuple[int, ...]]:
+    return lambda batch, size: (batch, frames * size * size, channels)
+
+
+def _video(channels: int, patch: int = 2) -> Callable[[int, int], tuple[int, ...]]:
+    return lambda batch, size: (batch, channels, 2, patch * size, patch * size)
+
+
+_HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12}
+_JOINT: dict[str, Any] = {"num_layers": 2, "num_single_layers": 2, **_HEADS}
+_TWO_STACKS = ("transformer_blocks", "single_transformer_blocks")
+_UNIT = (1.0, 0.1)  # the timesteps of models that multiply them by 1000 themselves
+
+FAMILIES: dict[str, TinyFamily] = {
+    "flux": TinyFamily(
+        "FluxTransformer2DModel",
+        {
+            **_JOINT,
+            "in_channels": 16,
+            "joint_attention_dim": TEXT_WIDTH,
+            "pooled_projection_dim": 16,
+            "axes_dims_rope": (4, 4, 4),
+        },
+        _packed(16),
+        _flux_inputs,
+        stacks=_TWO_STACKS,
+        image_output=1,
+        timesteps=_UNIT,
+    ),
+    "hunyuan-video": TinyFamily(
+        "HunyuanVideoTransformer3DModel",
+        {
+            **_JOINT,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_refiner_layers": 1,
+            "mlp_ratio": 2.0,
+            "patch_size": 2,
+            "text_embed_dim": TEXT_WIDTH,
+            "pooled_projection_dim": 16,
+            "rope_axes_dim": (4, 4, 4),
+        },
+        _video(4),
+        _hunyuan_inputs,
+        stacks=_TWO_STACKS,
+    ),
+    "wan": TinyFamily(
+        "WanTransformer3DModel",
+        {
+            **_HEADS,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": TEXT_WIDTH,
+            "freq_dim": 16,
+            "ffn_dim": 32,
+            "num_layers": 4,
+            "rope_max_seq_len": 32,
+        },
+        _video(4),
+        _text_inputs,
+        stacks=("blocks",),
+    ),
+    "flux2": TinyFamily(
+        "Flux2Transformer2DModel",
+        {
+            **_JOINT,
+            "attention_head_dim": 16,
+            "in_channels": 16,
+            "joint_attention_dim": TEXT_WIDTH,
+            "timestep_guidance_channels": 16,
+            "axes_dims_rope": (4, 4, 4, 4),
+        },
+        _packed(16),
+        _flux2_inputs,
+        stacks=_TWO_STACKS,
+        image_output=1,
+        timesteps=_UNIT,
+    ),
+    "chroma": TinyFamily(
+        "ChromaTransformer2DModel",
+        {
+            **_JOINT,
+            "in_channels": 16,
+            "joint_attention_dim": TEXT_WIDTH,
+            "axes_dims_rope": (4, 4, 4),
+            "approximator_num_channels": 8,
+            "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        },
+        _packed(16),
+        _chroma_inputs,
+        stacks=_TWO_STACKS,
+        image_output=1,
+        timesteps=_UNIT,
+    ),
+    "qwen-image": TinyFamily(
+        "QwenImageTransformer2DModel",
+        {
+            **_HEADS,
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 4,
+            "joint_attention_dim": TEXT_WIDTH,
+            "axes_dims_rope": (4, 4, 4),
+        },
+        _packed(16),
+        _qwen_inputs,
+        image_output=1,
+        timesteps=_UNIT,
+    ),
+    "cogvideox": TinyFamily(
+        "CogVideoXTransformer3DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": TEXT_WIDTH,
+            "num_layers": 4,
+            "max_text_seq_length": TEXT_TOKENS,
+            "use_rotary_positional_embeddings": True,
+        },
+        lambda batch, size: (batch, 2, 4, 2 * size, 2 * size),
+        _text_inputs,
+    ),
+    "ltx": TinyFamily(
+        "LTXVideoTransformer3DModel",
+        {
+            **_HEADS,
+            "in_channels": 8,
+            "out_channels": 8,
+            "cross_attention_dim": 24,
+            "num_layers": 4,
+            "caption_channels": TEXT_WIDTH,
+        },
+        _packed(8, frames=2),
+        _ltx_inputs,
+    ),
+    "mochi": TinyFamily(
+        "MochiTransformer3DModel",
+        {
+            **_HEADS,
+            "num_layers": 4,
+            "in_channels": 4,
+            "pooled_projection_dim": 16,
+            "text_embed_dim": TEXT_WIDTH,
+            "time_embed_dim": 4,
+            "max_sequence_length": TEXT_TOKENS,
+        },
+        _video(4),
+        _mochi_inputs,
+        timesteps=(0.0, 900.0),
+    ),
+    "hunyuan-video-1.5": TinyFamily(
+        "HunyuanVideo15Transformer3DModel",
+        {
+            **_HEADS,
+            "in_channels": 9,
+            "out_channels": 4,
+            "num_layers": 4,
+            "num_refiner_layers": 1,
+            "mlp_ratio": 2.0,
+            "text_embed_dim": TEXT_WIDTH,
+            "text_embed_2_dim": TEXT_WIDTH,
+            "image_embed_dim": 16,
+            "rope_axes_dim": (4, 4, 4),
+            "task_type": "t2v",
+        },
+        _video(9, patch=1),
+        _hunyuan15_inputs,
+    ),
+}
+
+# HunyuanVideo image-to-video has block classes of its own.
+FAMILIES["hunyuan-video-i2v"] = replace(
+    FAMILIES["hunyuan-video"],
+    config={**FAMILIES["hunyuan-video"].config, "image_condition_type": "token_replace"},
+)

@@ -1,0 +1,276 @@
+"""Real diffusers pipelines around tiny transformers, and calls that fit them.
+
+Prompt embeddings are given and latents returned, so that no text encoder and, where the pipeline
+allows it, no VAE is needed. `record` sees every call of a transformer from outside.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from tiny_models import TEXT_TOKENS, TEXT_WIDTH, build
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TinyPipeline:
+    """A pipeline class, the family of its transformer, and the arguments of a call.
+
+    Attributes:
+        pipeline_class: Name of the class in diffusers.
+        family: Of the transformer; see `tiny_models`.
+        arguments: Makes the arguments of a call other than the number of steps.
+        overrides: Of the transformer's configuration.
+        parts: Makes components beside transformer, scheduler and empty ones.
+        branches: Names of the contexts that a call has.
+        strength: Share of the steps that a call runs.
+    """
+
+    pipeline_class: str
+    family: str
+    arguments: Callable[[], dict[str, Any]]
+    overrides: dict[str, Any] | None = None
+    parts: Callable[[], dict[str, Any]] = dict
+    branches: tuple[str, ...] = ("cond",)
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a transformer, as it was made and answered."""
+
+    inputs: dict[str, Any]
+    output: Tensor
+
+
+def pipeline(name: str, **parts: Any) -> Any:
+    """The pipeline `name` around a tiny transformer, or around the given components."""
+    row = PIPELINES[name]
+    pipeline_class = getattr(diffusers, row.pipeline_class)
+    if "transformer" not in parts:
+        parts["transformer"] = build(row.family, **(row.overrides or {}))
+    parts = {"scheduler": scheduler(row.family), **row.parts(), **parts}
+    required = [
+        key
+        for key, parameter in inspect.signature(pipeline_class).parameters.items()
+        if parameter.default is parameter.empty
+    ]
+    pipe = pipeline_class(**{**dict.fromkeys(required), **parts})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(name: str, pipe: Any, num_steps: int = 6, seed: int = 0, **changes: Any) -> Tensor:
+    """Latents of one call; equal seeds give equal starts."""
+    row = PIPELINES[name]
+    arguments = {
+        **row.arguments(),
+        "num_inference_steps": round(num_steps / row.strength),
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",
+        "return_dict": False,
+        **changes,
+    }
+    return pipe(**arguments)[0]
+
+
+def record(transformer: nn.Module) -> list[Call]:
+    """A list that fills with the transformer's calls from now on."""
+    calls: list[Call] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        assert not args, "these pipelines call with keywords"
+        calls.append(Call(dict(kwargs), output[0]))
+
+    transformer.register_forward_hook(note, with_kwargs=True)
+    return calls
+
+
+def by_branch(calls: list[Call]) -> list[list[Call]]:
+    """The calls of every branch, told apart by the values of their text embedding."""
+    branches: dict[float, list[Call]] = {}
+    for call in calls:
+        branches.setdefault(float(call.inputs["encoder_hidden_states"].sum()), []).append(call)
+    return list(branches.values())
+
+
+def scheduler(family: str) -> Any:
+    """The scheduler that the family's pipelines come with."""
+    if family == "wan":
+        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    if family == "cogvideox":
+        return diffusers.CogVideoXDDIMScheduler()
+    if family == "mochi":
+        return FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    return FlowMatchEulerDiscreteScheduler()
+
+
+def text(seed: int) -> Tensor:
+    """An embedding of a prompt: [1, T, D]."""
+    return torch.randn(
+        1, TEXT_TOKENS, TEXT_WIDTH, generator=torch.Generator().manual_seed(100 + seed)
+    )
+
+
+def _pooled(seed: int) -> Tensor:
+    return text(seed)[:, 0]
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+def _flux() -> dict[str, Any]:
+    prompt = {"prompt_embeds": text(0), "pooled_prompt_embeds": _pooled(0)}
+    return {**prompt, "height": 64, "width": 64}
+
+
+def _true_guidance() -> dict[str, Any]:
+    negative = {"negative_prompt_embeds": text(1), "negative_pooled_prompt_embeds": _pooled(1)}
+    return {**negative, "true_cfg_scale": 3.0}
+
+
+def _image_to_image() -> dict[str, Any]:
+    # Given latents are taken as they are, so that no VAE has to encode the picture.
+    return {"image": torch.zeros(1, 3, 64, 64), "latents": _normal(1, 16, 16), "strength": 0.5}
+
+
+def _kontext() -> dict[str, Any]:
+    size = {"height": 8, "width": 8, "max_area": 64}
+    return {**_flux(), **size, "image": _normal(1, 4, 4, 4)}
+
+
+def _fill() -> dict[str, Any]:
+    picture = {"image": _normal(1, 3, 8, 8).clamp(-1, 1), "mask_image": torch.ones(1, 1, 8, 8)}
+    return {**_flux(), **picture, "height": 8, "width": 8}
+
+
+def _control() -> dict[str, Any]:
+    return {**_flux(), "control_image": _normal(1, 3, 8, 8), "height": 8, "width": 8}
+
+
+def _vae() -> dict[str, Any]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(4,), latent_channels=4, norm_num_groups=1, shift_factor=0.1
+        )
+    return {"vae": vae.eval().requires_grad_(False)}
+
+
+def _guided() -> dict[str, Any]:
+    return {"prompt_embeds": text(0), "negative_prompt_embeds": text(1), "guidance_scale": 3.0}
+
+
+def _guided_with_masks() -> dict[str, Any]:
+    mask = torch.ones(1, TEXT_TOKENS)
+    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+    return {**_guided(), **masks}
+
+
+def _video(frames: int = 5, side: int = 64) -> dict[str, Any]:
+    return {"height": side, "width": side, "num_frames": frames}
+
+
+def _hunyuan() -> dict[str, Any]:
+    mask = torch.ones(1, TEXT_TOKENS)
+    prompt = {"prompt_embeds": text(0), "pooled_prompt_embeds": _pooled(0)}
+    return {**prompt, "prompt_attention_mask": mask, **_video()}
+
+
+def _video_to_video() -> dict[str, Any]:
+    size = {"height": 64, "width": 64}
+    return {**_guided(), **size, "latents": _normal(1, 4, 2, 8, 8), "strength": 0.5}
+
+
+def _qwen() -> dict[str, Any]:
+    mask = torch.ones(1, TEXT_TOKENS).long()
+    prompt = {"prompt_embeds": text(0), "prompt_embeds_mask": mask}
+    negative = {"negative_prompt_embeds": text(1), "negative_prompt_embeds_mask": mask}
+    return {**prompt, **negative, "true_cfg_scale": 3.0, "height": 64, "width": 64}
+
+
+_BOTH, _BRANCHES = ("cond", "uncond"), ("branch0", "branch1")
+
+PIPELINES: dict[str, TinyPipeline] = {
+    "flux": TinyPipeline("FluxPipeline", "flux", _flux),
+    "flux-true-guidance": TinyPipeline(
+        "FluxPipeline", "flux", lambda: {**_flux(), **_true_guidance()}, branches=_BOTH
+    ),
+    "flux-img2img": TinyPipeline(
+        "FluxImg2ImgPipeline",
+        "flux",
+        lambda: {**_flux(), **_image_to_image()},
+        branches=("branch0",),
+        strength=0.5,
+    ),
+    "flux-img2img-true-guidance": TinyPipeline(
+        "FluxImg2ImgPipeline",
+        "flux",
+        lambda: {**_flux(), **_image_to_image(), **_true_guidance()},
+        branches=_BRANCHES,
+        strength=0.5,
+    ),
+    "flux-kontext": TinyPipeline(
+        "FluxKontextPipeline", "flux", _kontext, parts=_vae, branches=("branch0",)
+    ),
+    "flux-fill": TinyPipeline(
+        "FluxFillPipeline",
+        "flux",
+        _fill,
+        {"in_channels": 36, "out_channels": 16},
+        _vae,
+        branches=("branch0",),
+    ),
+    "flux-control": TinyPipeline(
+        "FluxControlPipeline",
+        "flux",
+        _control,
+        {"in_channels": 32, "out_channels": 16},
+        _vae,
+        branches=("branch0",),
+    ),
+    "wan": TinyPipeline("WanPipeline", "wan", lambda: {**_guided(), **_video()}, branches=_BOTH),
+    "wan-timestep-per-token": TinyPipeline(
+        "WanPipeline",
+        "wan",
+        lambda: {**_guided(), **_video()},
+        parts=lambda: {"expand_timesteps": True},
+        branches=_BOTH,
+    ),
+    "wan-v2v": TinyPipeline(
+        "WanVideoToVideoPipeline", "wan", _video_to_video, branches=_BRANCHES, strength=0.5
+    ),
+    "hunyuan-video": TinyPipeline("HunyuanVideoPipeline", "hunyuan-video", _hunyuan),
+    "qwen-image": TinyPipeline("QwenImagePipeline", "qwen-image", _qwen, branches=_BOTH),
+    "chroma": TinyPipeline(
+        "ChromaPipeline",
+        "chroma",
+        lambda: {**_guided_with_masks(), "height": 64, "width": 64},
+        branches=_BRANCHES,
+    ),
+    "mochi": TinyPipeline(
+        "MochiPipeline",
+        "mochi",
+        lambda: {**_guided_with_masks(), **_video(frames=7)},
+        branches=("cond_uncond",),
+    ),
+    "ltx": TinyPipeline(
+        "LTXPipeline",
+        "ltx",
+        lambda: {**_guided_with_masks(), **_video(frames=9, side=128)},
+        branches=("cond_uncond",),
+    ),
+    "cogvideox": TinyPipeline(
+        "CogVideoXPipeline",
+        "cogvideox",
+        lambda: {**_guided(), **_video()},
+        branches=("cond_uncond",),
+    ),
+}
