@@ -31,7 +31,7 @@ DEMO_MODELS: tuple[str, ...] = ("flux", "hunyuan-video", "wan")
 MODEL_DIR = Path(__file__).parent / "models"
 FOLD = 2
 NOISE_MEAN_SCALE = 1.4
-GUIDANCE_SCALE = {"flux": 3.5, "hunyuan-video": 6.0, "wan": 4.0}
+GUIDANCE_SCALE = {"flux": 3.5, "hunyuan-video": 6.0, "wan": 2.0}
 FLOW_SHIFT = {"flux": 1.0, "hunyuan-video": 3.0, "wan": 3.0}
 
 DemoTransformer: TypeAlias = (
