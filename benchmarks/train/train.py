@@ -2,8 +2,9 @@
 
 Rectified flow on the drawn shapes: x_t = (1 - t) x0 + t noise, the model predicts noise - x0, t is
 logit-normal. Muon for the matrices of the blocks and AdamW for the rest, with warm-up and cosine
-decay; an exponential moving average of the weights is what gets exported, as fp16. A checkpoint under .train/ is replaced every few minutes, so that
-``--resume`` continues exactly where a killed run stopped. See README.md for the recipe.
+decay; an exponential moving average of the weights is what gets exported, as fp16. A checkpoint
+under .train/ is replaced every few minutes, so that ``--resume`` continues where a killed run
+stopped. See README.md for the recipe.
 """
 
 from __future__ import annotations
