@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 _ROUNDINGS = ("floor", "nearest", "next")
-_ERRORS = ("delta_y", "delta_minus", "alignment")
+_ERRORS = ("delta_y", "delta_minus", "alignment", "weighted_alignment")
 _ALIGNMENTS = ("l1", "least_squares")
 _GRANULARITIES = ("batch", "sample")
 _BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
@@ -22,9 +22,10 @@ class DiCacheConfig:
     r"""Rules of one DiCache run.
 
     `DiCacheConfig()` is this project's default: the probe verifies the trajectory (`error =
-    "alignment"`, `alignment = "least_squares"`). `DiCacheConfig.preset(name)` gives the published
-    rules of arXiv 2508.17356. Notation: x are the image or video tokens before block 0, p the same
-    tokens after the first `probe_depth` blocks, y after the last block, q = p - x, r = y - x.
+    "weighted_alignment"`, `alignment = "least_squares"`). `DiCacheConfig.preset(name)` gives the
+    published rules of arXiv 2508.17356. Notation: x are the image or video tokens before block 0,
+    p the same tokens after the first `probe_depth` blocks, y after the last block, q = p - x,
+    r = y - x; t are timesteps, N their number.
 
     Args:
         threshold: A step is reused while the accumulated error stays below this value; >= 0, `inf`
@@ -38,7 +39,9 @@ class DiCacheConfig:
         error: What the gate accumulates. `"delta_y"`: mean|p - p_prev| / mean|p_prev|.
             `"delta_minus"`: |delta_y - delta_x|, delta_x being the same ratio of x. `"alignment"`:
             ||a - gamma d|| / ||q|| with a = q - q_old, d = q_new - q_old: how badly the trajectory
-            predicts the probe.
+            predicts the probe. `"weighted_alignment"`: ||a - gamma d|| / ||p||, times the size of
+            the step relative to the run's mean step, N (t_prev - t) / t_first; 1 where that is
+            unknown. A misfit counts as much as it can change the picture.
         alignment: How gamma is solved. `"l1"`: mean|a| / mean|d| (the paper). `"least_squares"`:
             <a, d> / <d, d>.
         gamma_range: Bounds (low, high) that gamma is clipped to; `high` may be `None`.
@@ -59,10 +62,10 @@ class DiCacheConfig:
     threshold: float | None = None
     reuse_at_threshold: bool = False
     probe_depth: int = 1
-    retention_ratio: float = 0.1
+    retention_ratio: float = 0.05
     retention_rounding: str = "floor"
     compute_last_step: bool = True
-    error: str = "alignment"
+    error: str = "weighted_alignment"
     alignment: str = "least_squares"
     gamma_range: tuple[float, float | None] = (0.0, None)
     max_consecutive_reuse: int | None = None
@@ -88,9 +91,9 @@ class DiCacheConfig:
         self._check_choice("backend", _BACKENDS)
         self._check_gamma_range()
         self._check_schedule()
-        if self.error == "alignment" and self.alignment != "least_squares":
+        if self.verifies_alignment and self.alignment != "least_squares":
             raise ValueError(
-                f"error='alignment' is the misfit of the least-squares gamma, but alignment is "
+                f"error={self.error!r} is the misfit of the least-squares gamma, but alignment is "
                 f"{self.alignment!r}. Expected alignment='least_squares', or another error."
             )
         if self.granularity == "sample":
@@ -129,6 +132,11 @@ class DiCacheConfig:
         if self.retention_rounding == "next":
             return math.floor(steps) + 1
         return math.floor(steps + 0.5 if self.retention_rounding == "nearest" else steps)
+
+    @property
+    def verifies_alignment(self) -> bool:
+        """Whether the error asks how well the trajectory predicts the probe."""
+        return self.error in ("alignment", "weighted_alignment")
 
     @property
     def needs_num_inference_steps(self) -> bool:

@@ -28,6 +28,7 @@ from torch import Tensor
 #   5 sum|x - x_prev|   6 sum|x_prev|
 # Columns of the sums that `alignment_statistics` returns.
 #   0 <a, a>            1 <a, d>        2 <q, q>           3 <d, d>               4 sum|r|
+#   5 <p, p>
 
 
 def probe_statistics(
@@ -99,6 +100,7 @@ def alignment_statistics(
     entry_sums: Tensor,
     low: float,
     high: float,
+    relative_to_probe: bool = False,
     active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Error and gamma of the verified alignment: how well the trajectory predicts the probe.
@@ -108,27 +110,32 @@ def alignment_statistics(
               = sqrt(max(0, <a, a> - 2 gamma <a, d> + gamma^2 <d, d>) / <q, q>)
 
     An unclipped gamma is the least-squares solution, and the error its relative misfit; a clipped
-    one is judged by the misfit that it really leaves. Nothing is written.
+    one is judged by the misfit that it really leaves. With `relative_to_probe` the error is
+    ||a - gamma d|| / ||p||. Nothing is written.
 
-    Args and returns as `probe_statistics`, the sums being [B, 5].
+    Args and returns as `probe_statistics`, the sums being [B, 6].
     """
     wide = _wide(x, p, probe_window)
-    q = p.to(wide) - x.to(wide)
+    p = p.to(wide)
+    q = p - x.to(wide)
     q_old = _entry(probe_window, newest, old=True).to(wide)
     a = q - q_old
     d = _entry(probe_window, newest, old=False).to(wide) - q_old
-    columns = [_dot(a, a), _dot(a, d), _dot(q, q), entry_sums[:, 1], entry_sums[:, 2]]
+    columns = [_dot(a, a), _dot(a, d), _dot(q, q), *entry_sums.unbind(dim=1)[1:], _dot(p, p)]
     sums = _only(torch.stack([column.to(wide) for column in columns], dim=1), active)
-    return sums, finish_alignment_statistics(sums, low, high)
+    return sums, finish_alignment_statistics(sums, low, high, relative_to_probe)
 
 
-def finish_alignment_statistics(sums: Tensor, low: float, high: float) -> Tensor:
+def finish_alignment_statistics(
+    sums: Tensor, low: float, high: float, relative_to_probe: bool = False
+) -> Tensor:
     """(error, gamma) [B + 1, 2] from the sums of `alignment_statistics`."""
     sums = torch.cat([sums, sums.sum(dim=0, keepdim=True)])
-    aa, ad, qq, dd, residual = sums.unbind(dim=1)
+    aa, ad, qq, dd, residual, pp = sums.unbind(dim=1)
     gamma = _gamma(ad, dd, residual, low, high)
     misfit = aa - 2 * gamma * ad + gamma * gamma * dd
-    return torch.stack([(misfit.clamp(min=0) / qq).sqrt(), gamma], dim=1)
+    error = (misfit.clamp(min=0) / (pp if relative_to_probe else qq)).sqrt()
+    return torch.stack([error, gamma], dim=1)
 
 
 def combine_residuals(

@@ -62,6 +62,7 @@ class _Context:
         self.gate = Gate(config)
         self.trajectory: Trajectory | None = None
         self.next_step = 0
+        self.timestep: float | None = None  # of the last step
         self.has_history = False  # whether the last step was ended by reuse or record
 
 
@@ -90,6 +91,7 @@ class DiCacheSession:
         self._contexts: dict[str, _Context] = {}
         self.num_inference_steps: int | None = None
         self._timestep: float | None = None
+        self._first_timestep: float | None = None
         self._warned: set[str] = set()
         self._running = False
 
@@ -146,6 +148,8 @@ class DiCacheSession:
         if not self._running or self._is_new_run(value, steps):
             self._begin_run(steps)
         self._timestep = value
+        if self._first_timestep is None:
+            self._first_timestep = value
 
     def forget(self, context: str) -> None:
         """Free the state of one context; its next step computes."""
@@ -166,6 +170,7 @@ class DiCacheSession:
         self._contexts.clear()
         self.stats = RunStats()
         self.num_inference_steps = num_inference_steps
+        self._first_timestep = None
         self._warned.clear()
         self._running = True
 
@@ -178,9 +183,23 @@ class DiCacheSession:
         # and two-evaluation schedulers repeat it.
         return (timestep - self._timestep) * self._direction < 0
 
+    def _step_size(self, state: _Context) -> float:
+        """N (t_prev - t) / t_first: the step's size relative to the run's mean; 1 if unknown.
+
+        A run leads from t_first to 0. One with rising timesteps does not say where it ends, and
+        equal timesteps (rounded, or two evaluations a step) say nothing about the size.
+        """
+        previous, state.timestep = state.timestep, self._timestep
+        now, first, steps = self._timestep, self._first_timestep, self.num_inference_steps
+        if previous is None or now is None or not first or not steps or self._direction > 0:
+            return 1.0
+        size = steps * (previous - now) / first
+        return size if size > 0 else 1.0
+
     def _restart(self, context: str) -> _Context:
         """Begin a new run in the middle of a step, which becomes the new run's first."""
         self._begin_run(self.num_inference_steps)
+        self._first_timestep = self._timestep
         state = self._contexts[context] = _Context(self.config)
         self.stats.contexts[context] = []
         return state
@@ -211,6 +230,7 @@ class Step:
         self._decision = Decision("compute")
         self._gamma: Tensor | None = None
         self._done = False
+        self._size = session._step_size(state)
         self.needs_probe = self._is_judged(is_last) and state.has_history
         if not state.has_history and state.trajectory is not None:
             state.trajectory.drop_entries()
@@ -256,6 +276,8 @@ class Step:
         gate = self._state.gate
         result = trajectory.statistics(x, p)[-1]  # (error, gamma) of the whole batch
         error, gamma = result.tolist()
+        if self._session.config.error == "weighted_alignment":
+            error *= self._size
         action = gate.decide(error, gamma)
         if not (math.isfinite(error) and math.isfinite(gamma)):
             trajectory.drop_entries()

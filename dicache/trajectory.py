@@ -33,8 +33,7 @@ class Trajectory:
         batch, wide = x.shape[0], torch.float64 if x.dtype == torch.float64 else torch.float32
         self.probe_window = torch.zeros((2, *p.shape), dtype=p.dtype, device=p.device)
         self.residual_window = torch.zeros((2, *x.shape), dtype=x.dtype, device=x.device)
-        published = config.error != "alignment"
-        self.previous_probe = torch.empty_like(p) if published else None
+        self.previous_probe = None if config.verifies_alignment else torch.empty_like(p)
         self.previous_x = torch.empty_like(x) if config.error == "delta_minus" else None
         self.newest = torch.zeros(batch, dtype=torch.int32, device=x.device)
         self.entry_sums = torch.zeros((batch, 3), dtype=wide, device=x.device)
@@ -56,7 +55,8 @@ class Trajectory:
             _, result = self.ops.probe_statistics(x, p, *published, *shared)
             self._stored_probe = True
         if self.config.alignment == "least_squares":
-            _, aligned = self.ops.alignment_statistics(x, p, *shared)
+            to_probe = self.config.error == "weighted_alignment"
+            _, aligned = self.ops.alignment_statistics(x, p, *shared, relative_to_probe=to_probe)
             result = aligned if result is None else torch.stack([result[:, 0], aligned[:, 1]], 1)
         assert result is not None  # l1 needs a published error, which config ensures
         return result

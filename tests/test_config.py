@@ -60,9 +60,10 @@ def test_a_configuration_is_immutable_and_hashable():
     assert hash(config) == hash(DiCacheConfig(gamma_range=(1.0, 1.5)))
 
 
-def test_the_alignment_error_needs_the_least_squares_gamma():
+@pytest.mark.parametrize("error", ["alignment", "weighted_alignment"])
+def test_an_alignment_error_needs_the_least_squares_gamma(error):
     with pytest.raises(ValueError, match="least_squares"):
-        DiCacheConfig(error="alignment", alignment="l1")
+        DiCacheConfig(error=error, alignment="l1")
 
 
 def test_decisions_per_sample_are_refused_for_now():

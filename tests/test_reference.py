@@ -105,23 +105,26 @@ def test_probe_statistics(batch, sequence, width, dtype, minus):
     sequence=st.integers(1, 9),
     width=st.integers(1, 17),
     dtype=st.sampled_from(DTYPES),
+    to_probe=st.booleans(),
 )
-def test_alignment_statistics(batch, sequence, width, dtype):
+def test_alignment_statistics(batch, sequence, width, dtype, to_probe):
     tensors, windows, newest = make_step(batch, sequence, width, dtype)
     x, p = tensors["x"], tensors["p"]
     sums = entry_sums(windows, newest)
     _, result = reference.alignment_statistics(
-        x, p, windows["probe"], newest, sums, -math.inf, math.inf
+        x, p, windows["probe"], newest, sums, -math.inf, math.inf, relative_to_probe=to_probe
     )
     stacked = []
     for sample in range(batch):
         old, new = entries(windows["probe"], newest, sample)
-        stacked.append((p[sample].double() - x[sample].double(), old, new))
+        wide = p[sample].double()
+        stacked.append((wide - x[sample].double(), old, new, wide))
     stacked.append(tuple(torch.cat(parts) for parts in zip(*stacked, strict=True)))
-    for row, (q, old, new) in zip(result, stacked, strict=True):
+    for row, (q, old, new, wide) in zip(result, stacked, strict=True):
         a, d = (q - old).flatten(), (new - old).flatten()
         gamma = torch.linalg.lstsq(d[:, None], a[:, None]).solution.item()
-        error = torch.linalg.vector_norm(a - gamma * d) / torch.linalg.vector_norm(q)
+        scale = torch.linalg.vector_norm(wide if to_probe else q)
+        error = torch.linalg.vector_norm(a - gamma * d) / scale
         assert float(row[1]) == pytest.approx(gamma, rel=1e-3, abs=1e-4)
         # A misfit near zero is a difference of large numbers: compare it on the scale of 1.
         assert float(row[0]) == pytest.approx(float(error), abs=3e-3)

@@ -135,6 +135,45 @@ def test_records_hold_what_the_gate_compared():
     assert third.sample is None
 
 
+def weighted_errors(timesteps, steps, **options):
+    """Errors of the default rules over those of the same rules with equally large steps."""
+    errors = []
+    for times in (timesteps, [None] * len(timesteps)):
+        session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE), **options)
+        for seed, timestep in enumerate(times):
+            where = {"timestep": timestep, "num_inference_steps": steps}
+            run_step(session, tensors(seed), **where)
+        errors.append([record.error for record in session.stats.contexts["cond"][1:]])
+    return [weighted / plain for weighted, plain in zip(*errors, strict=True)]
+
+
+def test_the_default_error_counts_a_step_by_its_size():
+    # N (t_prev - t) / t_first with N = 4: the steps are half, one and a half times the mean, ...
+    assert weighted_errors([800.0, 700.0, 400.0, 200.0], 4) == pytest.approx([0.5, 1.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "options"),
+    [
+        ([800.0, 800.0, 800.0], {}),  # two evaluations a step, or rounded to bf16
+        ([100.0, 200.0, 700.0], {"ascending_timesteps": True}),  # a run that ends anywhere
+    ],
+)
+def test_a_step_of_unknown_size_counts_once(timesteps, options):
+    assert weighted_errors(timesteps, 4, **options) == pytest.approx([1.0, 1.0])
+
+
+def test_other_errors_are_not_weighted():
+    for timesteps in ([800.0, 100.0], [800.0, 700.0]):
+        session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE, error="alignment"))
+        for seed, timestep in enumerate(timesteps):
+            run_step(session, tensors(seed), timestep=timestep, num_inference_steps=4)
+        (x0, p0, _), (x1, p1, _) = tensors(0), tensors(1)
+        q0, q1 = (p0 - x0).flatten(), (p1 - x1).flatten()
+        expected = float(torch.linalg.vector_norm(q1 - q0) / torch.linalg.vector_norm(q1))
+        assert session.stats.contexts["cond"][1].error == pytest.approx(expected, rel=1e-5)
+
+
 # --- history -------------------------------------------------------------------------------------
 
 
@@ -290,6 +329,7 @@ def test_the_error_compares_with_the_step_before_even_if_that_was_not_probed():
     ("rules", "count"),
     [
         ({}, 4),
+        ({"error": "alignment"}, 4),
         ({"error": "delta_y"}, 5),
         ({"error": "delta_y", "alignment": "l1"}, 5),
         ({"error": "delta_minus", "alignment": "l1"}, 6),

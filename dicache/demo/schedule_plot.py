@@ -25,6 +25,7 @@ _ACTION_TEXTS = {
 }
 _ERROR_TEXTS = {
     "alignment": r"misfit of the trajectory  $\|a-\gamma d\| \,/\, \|q\|$",
+    "weighted_alignment": r"misfit $\|a-\gamma d\| \,/\, \|p\|$ x relative step size",
     "delta_y": r"change of the probe  $\delta_y$",
     "delta_minus": r"change of the probe beyond the input's  $|\delta_y-\delta_x|$",
 }
