@@ -62,12 +62,12 @@ class DiCacheConfig:
     threshold: float | None = None
     reuse_at_threshold: bool = False
     probe_depth: int = 1
-    retention_ratio: float = 0.05
+    retention_ratio: float = 0.1
     retention_rounding: str = "floor"
     compute_last_step: bool = True
     error: str = "weighted_alignment"
     alignment: str = "least_squares"
-    gamma_range: tuple[float, float | None] = (0.0, None)
+    gamma_range: tuple[float, float | None] = (0.0, 2.0)
     max_consecutive_reuse: int | None = None
     schedule: str | None = None
     num_inference_steps: int | None = None
