@@ -50,7 +50,7 @@ class DiCacheConfig:
         schedule: A mask such as `"CCCRRC"`, one letter a step and context: `C` runs all blocks and
             records, `R` probes and reuses. It overrides threshold, retention, last step and
             limit. Steps beyond the mask are computed.
-        num_inference_steps: Number N of steps of a run; `None` finds it at run time.
+        num_inference_steps: Number N of steps of a run, where neither pipeline nor caller says it.
         granularity: `"batch"` takes one decision for the whole batch, `"sample"` one a sample.
         backend: Which implementation of the operators to use; see `dicache.ops`.
 

@@ -109,16 +109,13 @@ class DiCacheSession:
             context: Name of the branch; every branch has its own history and schedule.
             timestep: The step's timestep. One that moves against the run's direction starts a new
                 run; equal timesteps do not. A tensor is read on the host.
-            num_inference_steps: Number N of steps of the run, if the configuration does not say
-                it. Another N than before starts a new run.
+            num_inference_steps: Number N of steps of the run; `None` takes the configuration's.
+                Another N than before starts a new run.
             is_last: Whether this is the run's last step; `None` counts the context's steps.
 
         Raises:
             ValueError: `num_inference_steps` is smaller than 1.
         """
-        steps = self.config.num_inference_steps or num_inference_steps
-        if steps is not None and steps < 1:
-            raise ValueError(f"num_inference_steps is {steps}. Expected an integer >= 1.")
         self.observe(timestep, num_inference_steps)
         steps = self.num_inference_steps
         known = self._contexts.get(context)
@@ -136,20 +133,21 @@ class DiCacheSession:
         """Begin a new run if these values of the coming step say that one began.
 
         `step` does this by itself. A caller that names contexts by what it saw in a run calls it
-        before naming; a new run has a new `stats` object.
+        before naming: `stats.contexts` is empty then, and only then, if a run begins.
 
         Raises:
             ValueError: `num_inference_steps` is smaller than 1.
         """
         value = as_number(timestep)
-        steps = self.config.num_inference_steps or num_inference_steps
-        if steps is not None and steps < 1:
-            raise ValueError(f"num_inference_steps is {steps}. Expected an integer >= 1.")
-        if not self._running or self._is_new_run(value, steps):
-            self._begin_run(steps)
+        steps = num_inference_steps or self.config.num_inference_steps
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(
+                f"num_inference_steps is {num_inference_steps}. Expected an integer >= 1."
+            )
+        begins = not self._running or self._is_new_run(value, steps)
         self._timestep = value
-        if self._first_timestep is None:
-            self._first_timestep = value
+        if begins:
+            self._begin_run(steps)
 
     def forget(self, context: str) -> None:
         """Free the state of one context; its next step computes."""
@@ -170,12 +168,15 @@ class DiCacheSession:
         self._contexts.clear()
         self.stats = RunStats()
         self.num_inference_steps = num_inference_steps
-        self._first_timestep = None
+        self._first_timestep = self._timestep
         self._warned.clear()
         self._running = True
 
     def _is_new_run(self, timestep: float | None, steps: int | None) -> bool:
         if steps != self.num_inference_steps:
+            return True
+        contexts = self._contexts.values()
+        if steps is not None and contexts and all(c.next_step >= steps for c in contexts):
             return True
         if timestep is None or self._timestep is None:
             return False
@@ -199,7 +200,6 @@ class DiCacheSession:
     def _restart(self, context: str) -> _Context:
         """Begin a new run in the middle of a step, which becomes the new run's first."""
         self._begin_run(self.num_inference_steps)
-        self._first_timestep = self._timestep
         state = self._contexts[context] = _Context(self.config)
         self.stats.contexts[context] = []
         return state
@@ -245,7 +245,12 @@ class Step:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the step; what `with` does at its end."""
         if not self._done:
+            self._done = True
             self._state.gate.finish(reused=False)
             self._state.next_step += 1
 

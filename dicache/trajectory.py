@@ -25,6 +25,7 @@ class Trajectory:
         p: [B, ...] tokens after the probe.
     """
 
+    @torch.inference_mode(False)  # buffers made inside it could not be rewritten outside
     def __init__(self, config: DiCacheConfig, x: Tensor, p: Tensor) -> None:
         self.config = config
         self.ops = resolve_backend(config.backend)
@@ -37,7 +38,7 @@ class Trajectory:
         self.previous_x = torch.empty_like(x) if config.error == "delta_minus" else None
         self.newest = torch.zeros(batch, dtype=torch.int32, device=x.device)
         self.entry_sums = torch.zeros((batch, 3), dtype=wide, device=x.device)
-        self.num_entries = 0
+        self.has_entry = False
         self._older_slot = 1  # host copy of 1 - newest: no device read to find the slot
         self._layout = _layout(x, p)
         self._stored_probe = False  # whether this step's p and x are in the previous-step buffers
@@ -89,17 +90,18 @@ class Trajectory:
         """Push this step's residuals into the window; x and p may come from `hold`."""
         self._remember_probe(x, p)
         if self.residual_window.dtype != y.dtype:
-            self.residual_window = torch.zeros_like(self.residual_window, dtype=y.dtype)
-            self.num_entries = 0
+            with torch.inference_mode(False):
+                self.residual_window = torch.zeros_like(self.residual_window, dtype=y.dtype)
+            self.has_entry = False
         window = (self.residual_window, self.probe_window, self.newest, self.entry_sums)
-        self.ops.record_residuals(x, p, y, *window, first=self.num_entries == 0)
-        self.num_entries = min(self.num_entries + 1, 2)
+        self.ops.record_residuals(x, p, y, *window, first=not self.has_entry)
+        self.has_entry = True
         self._older_slot = 1 - self._older_slot
         self._stored_probe = False
 
     def drop_entries(self) -> None:
         """Forget the window: what is recorded next becomes its only entry."""
-        self.num_entries = 0
+        self.has_entry = False
         self._stored_probe = False
 
     @property

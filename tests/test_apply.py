@@ -27,6 +27,7 @@ from dicache import (
     reset_dicache,
 )
 from dicache.integrations import BlockStack, ModelFamily, families, register_family
+from dicache.integrations.diffusers import sessions
 
 ALWAYS = DiCacheConfig(threshold=float("inf"), retention_ratio=0, compute_last_step=False)
 FIRST_BLOCK = FirstBlockCacheConfig(threshold=10.0)
@@ -141,6 +142,11 @@ SCRIPTS = {
         "import dicache; from diffusers.models.cache_utils import CacheMixin as Mixin; "
         "print('__wrapped__' in vars(Mixin.enable_cache))"
     ),
+    "dicache first, the module looked up before": (
+        "import dicache, importlib.util; importlib.util.find_spec('diffusers.models.cache_utils'); "
+        "from diffusers.models.cache_utils import CacheMixin as Mixin; "
+        "print('__wrapped__' in vars(Mixin.enable_cache))"
+    ),
     "diffusers first": (
         "from diffusers.models.cache_utils import CacheMixin as Mixin; import dicache; "
         "print('__wrapped__' in vars(Mixin.enable_cache))"
@@ -153,6 +159,24 @@ def test_import_order(script):
     command = [sys.executable, "-c", SCRIPTS[script]]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize(
+    ("config", "entry", "expected"),
+    [
+        (DiCacheConfig(), None, 0.07),  # the family's, on the scale of the alignment errors
+        (DiCacheConfig(), 0.03, 0.03),  # the model's own
+        (DiCacheConfig(error="delta_y", alignment="l1"), 0.03, 0.4),  # the published one
+        (DiCacheConfig.preset("flux"), 0.03, 0.4),
+        (DiCacheConfig(threshold=0.5), 0.03, 0.5),
+    ],
+)
+def test_a_threshold_of_none_is_the_models_or_the_familys(config, entry, expected):
+    model = build("flux")
+    if entry is not None:
+        model.register_to_config(_dicache_threshold=entry)
+    apply_dicache(model, config)
+    assert sessions(model)["transformer"].config.threshold == expected
 
 
 def test_an_unknown_number_of_steps_computes_and_warns_once():

@@ -223,9 +223,14 @@ def train_step(name: str, state: State, recipe: Recipe, dtype: torch.dtype) -> f
     return float(loss.detach())
 
 
-def export(name: str, model: torch.nn.Module, out: Path) -> None:
-    """Write config.json and fp16 safetensors to ``out``/``name``."""
-    copy.deepcopy(model).half().save_pretrained(out / name)
+def export(name: str, model: Any, out: Path) -> None:
+    """Write config.json and fp16 safetensors to ``out``/``name``; a threshold there is kept."""
+    model = copy.deepcopy(model).half()
+    if (out / name / "config.json").exists():
+        old = pipelines.transformer_class(name).load_config(out / name)
+        if "_dicache_threshold" in old:
+            model.register_to_config(_dicache_threshold=old["_dicache_threshold"])
+    model.save_pretrained(out / name)
     for path in (out / name).iterdir():
         path.chmod(0o644)
 

@@ -78,8 +78,9 @@ def _families_table() -> Table:
     table.add_column("family", no_wrap=True)
     table.add_column("transformer", no_wrap=True)
     table.add_column("threshold", justify="right")
-    table.add_column("published preset")
+    table.add_column("preset, its threshold")
     for family in supported_families():
-        row = (family.name, family.model_class, f"{family.threshold:g}", family.preset or "-")
+        preset = f"{family.preset}, {family.threshold:g}" if family.preset else "-"
+        row = (family.name, family.model_class, f"{family.default_threshold:g}", preset)
         table.add_row(*map(escape, row))
     return table

@@ -71,6 +71,9 @@ def reset_dicache(pipe_or_transformer: Any) -> None:
 def get_stats(pipe_or_transformer: Any) -> RunStats | dict[str, RunStats]:
     """Statistics of the last run: of one transformer, or of a pipeline's by component name.
 
+    Each transformer's are of its own last run: one that a pipeline's call did not use keeps the
+    statistics of an earlier call.
+
     Raises:
         ValueError: There is no cache on the model.
     """

@@ -11,7 +11,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -30,24 +30,32 @@ def teach_diffusers() -> None:
 
 
 class _CacheModuleFinder(importlib.abc.MetaPathFinder):
-    """Lets the import system find diffusers' cache module as usual, then extends it."""
+    """Lets the import system find diffusers' cache module as usual, and extends it once it ran."""
+
+    def __init__(self) -> None:
+        self._asking_others = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _CACHE_MODULE:
+        if name != _CACHE_MODULE or self._asking_others:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asking_others = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking_others = False
         if spec is not None and spec.loader is not None:
-            run_module = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                run_module(module)
-                _extend_cache_mixin(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = self._extending(spec.loader.exec_module)  # type: ignore
         return spec
+
+    def _extending(self, run_module: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+        def exec_module(module: ModuleType) -> None:
+            run_module(module)
+            _extend_cache_mixin(module)
+            sys.meta_path.remove(self)  # only now: an import that failed may be tried again
+
+        return exec_module
 
 
 def _extend_cache_mixin(module: ModuleType) -> None:

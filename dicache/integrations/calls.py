@@ -25,7 +25,7 @@ _UNKNOWN_BRANCH = (
 )
 
 
-class CacheContext(StateManager):
+class ContextReader(StateManager):
     """What the pipeline said with `cache_context(...)`; diffusers finds it by its base class."""
 
     def __init__(self) -> None:
@@ -35,6 +35,13 @@ class CacheContext(StateManager):
     def current(self) -> Any:
         """Name and numbers of this call, or `None` where the pipeline gives none."""
         return self._context
+
+
+class _NoText:
+    """Stands for the text embedding of a model that takes none."""
+
+
+_NO_TEXT = _NoText()
 
 
 class CallTracker:
@@ -48,44 +55,44 @@ class CallTracker:
 
     def __init__(self, session: DiCacheSession, pipeline: DiffusionPipeline | None) -> None:
         self.session = session
-        self.context = CacheContext()
+        self.context = ContextReader()
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._scheduler = getattr(pipeline, "scheduler", None)
-        self._layout: object = None
-        self._branches: dict[str, weakref.ref[Tensor]] = {}
+        self._branches: dict[str, weakref.ref[Any]] = {}
         self._num_branches = 0
-        self._named_for: object = None  # the run whose branches are named
         self._timesteps: weakref.ref[Any] | None = None
         self._begin = 0  # where the run began in these timesteps
+        self._last_seen: tuple[float | None, int | None] = (None, None)
         self._is_idle = False  # whether another scheduler than ours drives the run
         self._step_indices: dict[str, int] = {}  # of each context's last call
 
     def open_step(self, arguments: dict[str, Any]) -> Step:
         """The step that a call of the transformer with these arguments is."""
-        session = self.session
-        layout = _layout(arguments.get("hidden_states"))
-        if layout != self._layout:  # a new run, to be known before its first branch is named
-            session.reset()
-            self._layout = layout
         timestep = as_number(arguments.get("timestep"))
         num_steps, is_last = self._position(timestep)
-        session.observe(timestep, num_steps)
-        return session.step(
-            self._context_name(arguments.get("encoder_hidden_states")),
-            timestep=timestep,
-            num_inference_steps=num_steps,
-            is_last=is_last,
+        self.session.observe(timestep, num_steps)
+        if not self.session.stats.contexts:  # a run begins: its branches are named anew
+            self._branches.clear()
+            self._num_branches = 0
+        name = self._context_name(arguments.get("encoder_hidden_states"))
+        return self.session.step(
+            name, timestep=timestep, num_inference_steps=num_steps, is_last=is_last
         )
 
-    def _context_name(self, text: Tensor | None) -> str:
+    def reset(self) -> None:
+        """Free the session's state and forget the branches, as when a pipeline ends."""
+        self.session.reset()
+        self._branches.clear()
+        self._num_branches = 0
+        self._step_indices.clear()
+
+    def _context_name(self, text: Any) -> str:
         """The pipeline's name for the branch, or one by the identity of its text embedding."""
         if self.context.current is not None:
             return self.context.current.name
-        if self._named_for is not self.session.stats:
-            self._branches, self._num_branches = {}, 0
-            self._named_for = self.session.stats
-        if text is None:  # a model without text has one branch
-            return "branch0"
+        while isinstance(text, (list, tuple)) and text:  # one embedding a sample, or a layer
+            text = text[0]
+        text = text if isinstance(text, Tensor) else _NO_TEXT
         for name, branch in self._branches.items():
             if branch() is text:
                 return name
@@ -121,8 +128,7 @@ class CallTracker:
         if index is None:
             return steps, None
         if index <= self._step_indices.get(given.name, -1):  # a branch is called once a step
-            self.session.reset()
-            self._step_indices.clear()
+            self.reset()
         self._step_indices[given.name] = index
         return steps, index >= steps - 1
 
@@ -132,12 +138,14 @@ class CallTracker:
         timesteps = scheduler.timesteps
         position = getattr(scheduler, "step_index", None)
         if self._timesteps is None or self._timesteps() is not timesteps:
-            self.session.reset()  # set_timesteps was called: a new run
+            self.reset()  # set_timesteps was called: a new run
             self._timesteps = weakref.ref(timesteps)
             self._begin = _index_of(timestep, timesteps)
+            self._last_seen = (timestep, position)
             self._is_idle = False
-        if position is not None and position >= len(timesteps):
-            self._is_idle = True  # ours has finished, so it is another pipeline's that runs
+        if self._stands_still(scheduler, timestep, position):
+            self._is_idle = True  # another pipeline runs, with a scheduler of its own
+        self._last_seen = (timestep, position)
         if self._is_idle:
             return None, None
         begin = getattr(scheduler, "begin_index", None)
@@ -145,9 +153,14 @@ class CallTracker:
         is_last = None if position is None else position >= len(timesteps) - 1
         return len(timesteps) - begin, is_last
 
-
-def _layout(value: Any) -> object:
-    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None
+    def _stands_still(self, scheduler: Any, timestep: float | None, position: int | None) -> bool:
+        """Whether the scheduler has no part in this run: finished, or not moving with it."""
+        if not hasattr(scheduler, "step_index"):  # this kind does not count its steps
+            return False
+        if position is not None and position >= len(scheduler.timesteps):
+            return True
+        last_timestep, last_position = self._last_seen
+        return timestep != last_timestep and position == last_position
 
 
 def _index_of(timestep: float | None, timesteps: Any) -> int:

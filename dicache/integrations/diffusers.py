@@ -117,15 +117,25 @@ class _TransformerCache:
         ascending = family.ascending_timesteps
         self.session = DiCacheSession(resolved, ascending_timesteps=ascending)
         self.calls = CallTracker(self.session, pipeline)
+        self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self.step: Step | None = None  # set while the transformer runs
         self.x: Tensor | None = None  # [B, S, D] tokens before block 0, as long as needed
         self.p: Tensor | None = None  # [B, S, D] tokens after the probe
         self.num_tokens = 0
 
     def attach(self) -> None:
-        """Register the hooks; the root hook makes the cache visible to diffusers."""
+        """Register the hooks; the root hook makes the cache visible to diffusers.
+
+        Steps are opened and closed by torch's own hooks: offloading replaces a model's `forward`
+        at the end of every call, and whatever wraps it is lost.
+        """
         registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
         registry.register_hook(_RootHook(self), _HOOK)
+        self._root_forward = self.transformer.forward
+        self._handles = (
+            self.transformer.register_forward_pre_hook(self._open_step, with_kwargs=True),
+            self.transformer.register_forward_hook(self._close_step, always_call=True),
+        )
         for index, (block, stack) in enumerate(self.blocks):
             hook = _BlockHook(self, block, stack, index)
             HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, _HOOK)
@@ -134,11 +144,30 @@ class _TransformerCache:
 
     def detach(self) -> None:
         """Take the hooks off and free the state."""
-        self.session.reset()
+        self.calls.reset()
+        for handle in self._handles:
+            handle.remove()
         registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
+        forward = self.transformer.forward
         registry.remove_hook(_HOOK, recurse=True)
+        if forward is not self._root_forward:  # put on after ours: the registry does not know it
+            self.transformer.forward = forward
         registry.invalidate_child_registries_cache()
         self.transformer._cache_config = None  # type: ignore[assignment]
+
+    def _open_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.step is not None:  # the call before was interrupted and never closed
+            self.session.reset()
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        self.step = self.calls.open_step(arguments)
+
+    def _close_step(self, module: nn.Module, args: Any, output: Any) -> None:
+        step, self.step = self.step, None
+        self.x = self.p = None
+        if step is not None:
+            step.close()
+        if output is None:  # forward raised: an aborted run leaves nothing behind
+            self.session.reset()
 
     def enter_blocks(self, hidden_states: Tensor) -> None:
         """Note the tokens that enter block 0."""
@@ -192,36 +221,26 @@ def _with_threshold(
 ) -> DiCacheConfig:
     if config.threshold is not None:
         return config
-    own = getattr(transformer, "config", {}).get("_dicache_threshold")
-    return replace(config, threshold=family.threshold if own is None else own)
+    threshold = family.threshold
+    if config.verifies_alignment:
+        own = getattr(transformer, "config", {}).get("_dicache_threshold")
+        threshold = family.default_threshold if own is None else own
+    return replace(config, threshold=threshold)
 
 
 class _RootHook(ModelHook):
-    """Opens a step for every call of the transformer and closes it, come what may."""
+    """What diffusers finds on the transformer: the pipeline's context, and the reset at its end."""
 
     _is_stateful = True
 
     def __init__(self, cache: _TransformerCache) -> None:
         super().__init__()
         self.cache = cache
-        self.context = cache.calls.context  # diffusers looks for it among a hook's attributes
-        self._parameters = tuple(inspect.signature(type(cache.transformer).forward).parameters)[1:]
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        cache = self.cache
-        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        try:
-            with cache.calls.open_step(arguments) as cache.step:
-                return self.fn_ref.original_forward(*args, **kwargs)
-        except BaseException:
-            cache.session.reset()  # an aborted run leaves nothing behind
-            raise
-        finally:
-            cache.step = cache.x = cache.p = None
+        self.context = cache.calls.context
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Called by the pipeline when it ends."""
-        self.cache.session.reset()
+        self.cache.calls.reset()
         self.context.reset()
         return module
 
