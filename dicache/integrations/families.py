@@ -1,7 +1,7 @@
 """The table of model families: one row of data says where a model's blocks are and what they carry.
 
 A row is all that a family needs, if the model's `forward` calls its arguments `hidden_states`,
-`timestep` and `encoder_hidden_states`, as diffusers does. To add one, also from outside this package:
+`timestep` and `encoder_hidden_states`, as diffusers does. To add one, also from your own code:
 
     from dicache.integrations import BlockStack, ModelFamily, register_family
 
