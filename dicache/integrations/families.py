@@ -77,7 +77,7 @@ _TEXT_FIRST, _TEXT_LAST = (TEXT, HIDDEN), (HIDDEN, TEXT)
 
 # FLUX.1, HunyuanVideo and Wan 2.1 have published thresholds (arXiv 2508.17356, released scripts).
 # Their alignment thresholds are these times the ratio of the two rules' thresholds at equal cost on
-# our demo model of the family: 0.17, 0.34 and 0.25 (benchmarks/results/quality.json, 2.5x at the
+# our demo model of the family: 0.17, 0.34 and 0.24 (benchmarks/results/quality.json, 2.5x at the
 # sibling's depth). The others take the values of the family whose architecture and task are
 # closest. None of the alignment thresholds was measured on a real model.
 _FAMILIES = {
