@@ -499,12 +499,16 @@ def write_plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(
         2, len(results), figsize=(5 * len(results), 8), squeeze=False, layout="constrained"
     )
+    names = dict.fromkeys(name for result in results.values() for name in result["curves"])
+    colors = {name: matplotlib.colormaps["tab20"](index) for index, name in enumerate(names)}
+    lines = {}
     for column, (model, result) in enumerate(results.items()):
         for depth, row in enumerate(axes):
             axis = row[column]
             for name, points in points_of(result).items():
                 curve = sorted((point.cost[depth], point.mean) for point in points)
-                axis.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=name)
+                x, y = zip(*curve, strict=True)
+                (lines[name],) = axis.plot(x, y, color=colors[name], marker="o", markersize=3)
             for target in TARGETS:
                 axis.axvline(target, color="0.7", linestyle=":")
             axis.set_title(f"{model}, cost at {result['depths'][depth]} blocks")
@@ -512,7 +516,7 @@ def write_plot(results: dict[str, Any], path: Path) -> None:
             axis.set_ylabel("PSNR against un-cached, dB")
             axis.set_xlim(1.5, 4.0)
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
