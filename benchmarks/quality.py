@@ -132,7 +132,7 @@ class BlockCounter:
     def __init__(self, transformer: torch.nn.Module) -> None:
         family = find_family(transformer)
         assert family is not None  # the shipped models are supported
-        blocks = [b for stack in family.stacks for b in getattr(transformer, stack.attribute)]
+        blocks = [block for block, _ in family.blocks(transformer)]
         self.num_blocks = len(blocks)
         self.per_call: list[int] = []
         transformer.register_forward_pre_hook(lambda *_: self.per_call.append(0))

@@ -121,11 +121,6 @@ class DiCacheConfig:
             raise ValueError(f"Unknown field {unknown[0]!r} for a preset. Expected one of {known}.")
         return cls(**{**_PRESETS[name], **overrides})
 
-    @classmethod
-    def preset_names(cls) -> tuple[str, ...]:
-        """Names that `preset` accepts."""
-        return tuple(_PRESETS)
-
     def retained_steps(self, num_inference_steps: int) -> int:
         """Number of leading steps that are always computed in a run of `num_inference_steps`."""
         steps = self.retention_ratio * num_inference_steps

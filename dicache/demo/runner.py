@@ -129,4 +129,4 @@ def count_blocks(transformer: Any) -> int:
     module = unwrap_module(transformer)
     family = find_family(module)
     assert family is not None  # it carries a cache
-    return sum(len(getattr(module, stack.attribute)) for stack in family.stacks)
+    return len(family.blocks(module))

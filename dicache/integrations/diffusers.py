@@ -111,7 +111,7 @@ class _TransformerCache:
         family = find_family(transformer)
         assert family is not None  # _transformers lets only supported ones pass
         self.transformer, self.config = transformer, config
-        self.blocks = _find_blocks(transformer, family)
+        self.blocks = family.blocks(transformer)
         self._check()
         resolved = _with_threshold(config, transformer, family)
         ascending = family.ascending_timesteps
@@ -202,18 +202,6 @@ class _TransformerCache:
                 f"probe_depth is {self.config.probe_depth} and this {name} has {len(self.blocks)} "
                 f"blocks. Expected a probe_depth smaller than the number of blocks."
             )
-
-
-def _find_blocks(transformer: nn.Module, family: ModelFamily) -> list[tuple[nn.Module, BlockStack]]:
-    missing = [s.attribute for s in family.stacks if not hasattr(transformer, s.attribute)]
-    if missing:
-        raise ValueError(
-            f"{type(transformer).__name__} has no block list {missing[0]!r}, which its family "
-            f"{family.name!r} names."
-        )
-    return [
-        (block, stack) for stack in family.stacks for block in getattr(transformer, stack.attribute)
-    ]
 
 
 def _with_threshold(

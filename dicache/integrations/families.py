@@ -18,6 +18,7 @@ A row is all that a family needs, if the model's `forward` calls its arguments `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 HIDDEN, TEXT = "hidden_states", "encoder_hidden_states"
 
@@ -71,6 +72,20 @@ class ModelFamily:
         """The threshold that `DiCacheConfig()` takes."""
         own = self.alignment_threshold
         return self.threshold if own is None else own
+
+    def blocks(self, transformer: Any) -> list[tuple[Any, BlockStack]]:
+        """The transformer's blocks in the order in which they run, each with its stack.
+
+        Raises:
+            ValueError: The transformer lacks a block list that the family names.
+        """
+        missing = [s.attribute for s in self.stacks if not hasattr(transformer, s.attribute)]
+        if missing:
+            raise ValueError(
+                f"{type(transformer).__name__} has no block list {missing[0]!r}, which its family "
+                f"{self.name!r} names."
+            )
+        return [(block, s) for s in self.stacks for block in getattr(transformer, s.attribute)]
 
 
 _TEXT_FIRST, _TEXT_LAST = (TEXT, HIDDEN), (HIDDEN, TEXT)
