@@ -33,7 +33,7 @@ clean:
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
 
 # --no-deps: an index of torch builds need not carry the pinned versions of what torch depends on.
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -name "*.*")
 	$(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt setuptools ninja pybind11
 	$(if $(TORCH_INDEX),$(PIP) install -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)

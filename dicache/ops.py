@@ -1,59 +1,460 @@
-"""The caching path as functions: which implementation of the operators runs, and which could.
+"""The caching path as operators: what engine writers import.
 
-Engine writers import this module. Every backend implements the functions of `dicache.reference`
-with the same signatures; that module is their documentation (formulas, shapes, dtypes).
-`"auto"` takes the fastest backend that is built and runs on the tensors' device. Today there is
-one backend, the plain PyTorch reference; compiled ones register here.
+    from dicache import ops
+
+    sums, result = ops.alignment_statistics(x, p, probe_window, newest, entry_sums, low, high)
+    y = ops.combine_residuals(x, residual_window, newest, gamma=result[-1, 1].expand(batch))
+    ops.record_residuals(x, p, y, residual_window, probe_window, newest, entry_sums, first=False)
+
+Every function is one `torch.library` operator in the namespace `dicache`, with a fake for
+torch.compile: one launch on a GPU, results stay on the device, and nothing waits for it. Notation,
+arguments and exact rules are those of `dicache.reference`, which also is the body that runs where
+no faster one does. The dispatcher takes the body by device: C++ on the CPU (`cpp`), CUDA C++ on
+NVIDIA (`cuda`), else Triton (`triton`), else the reference.
+
+Every backend gives bitwise equal results from run to run on one machine; `combine_residuals` and
+the windows of `record_residuals` are bitwise equal between backends too. Sums are added in another
+order by each, so they agree to rounding. Schemas are defined here, once; csrc/ and kernels/
+implement them.
 """
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
-from . import reference
-from .reference import (
-    alignment_statistics,
-    combine_residuals,
-    finish_alignment_statistics,
-    finish_probe_statistics,
-    probe_statistics,
-    record_residuals,
-)
+import torch
+from torch import Tensor
+
+from . import checks, reference
 
 __all__ = [
+    "MEMORY_PASSES",
+    "OPERATORS",
     "alignment_statistics",
     "backend_status",
     "combine_residuals",
     "finish_alignment_statistics",
     "finish_probe_statistics",
+    "make_workspace",
     "probe_statistics",
     "record_residuals",
     "resolve_backend",
 ]
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference}
-_ABSENT = {
-    "cpp": "no compiled CPU operators in this version",
-    "cuda": "no compiled CUDA operators in this version",
-    "triton": "no Triton operators in this version",
+_SCHEMAS = (
+    "probe_statistics(Tensor x, Tensor p, Tensor(a!) p_prev, Tensor(b!)? x_prev, "
+    "Tensor probe_window, Tensor newest, Tensor entry_sums, float low, float high, "
+    "bool least_squares=False, Tensor? active=None, Tensor(c!)? workspace=None) "
+    "-> (Tensor, Tensor)",
+    "alignment_statistics(Tensor x, Tensor p, Tensor probe_window, Tensor newest, "
+    "Tensor entry_sums, float low, float high, bool relative_to_probe=False, "
+    "Tensor? active=None, Tensor(a!)? workspace=None) -> (Tensor, Tensor)",
+    "finish_probe_statistics(Tensor sums, float low, float high) -> Tensor",
+    "finish_alignment_statistics(Tensor sums, float low, float high, "
+    "bool relative_to_probe=False) -> Tensor",
+    "combine_residuals(Tensor x, Tensor residual_window, Tensor newest, Tensor gamma, "
+    "Tensor? active=None) -> Tensor",
+    "combine_residuals_out(Tensor x, Tensor residual_window, Tensor newest, Tensor gamma, "
+    "Tensor? active, Tensor(a!) out) -> ()",
+    "record_residuals(Tensor x, Tensor p, Tensor y, Tensor(a!) residual_window, "
+    "Tensor(b!) probe_window, Tensor(c!) newest, Tensor(d!) entry_sums, bool first, "
+    "Tensor? active=None, Tensor(e!)? workspace=None) -> ()",
+)
+OPERATORS = tuple(schema.partition("(")[0] for schema in _SCHEMAS)
+
+# Tensors of the hidden states' size that one launch (reads, writes). delta_minus, least squares
+# and a first entry add to it, as the functions' docstrings say.
+MEMORY_PASSES = {
+    "probe_statistics": (4, 1),
+    "alignment_statistics": (4, 0),
+    "combine_residuals": (3, 1),
+    "record_residuals": (4, 2),
 }
+
+# A workspace holds a ticket, then for every block of a launch its partial sums: up to 8 of 8 bytes.
+# No body launches more blocks than `_max_blocks`.
+_WORKSPACE_HEADER_BYTES = 128
+_WORKSPACE_BYTES_PER_BLOCK = 64
+_BLOCKS_PER_MULTIPROCESSOR = 4
+_BLOCKS_ELSEWHERE = 512
+
+
+def probe_statistics(
+    x: Tensor,
+    p: Tensor,
+    p_prev: Tensor,
+    x_prev: Tensor | None,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    least_squares: bool = False,
+    active: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Error and gamma of the published rules; stores p (and x) for the next step.
+
+        delta_y = sum|p - p_prev| / sum|p_prev|        error = delta_y, or |delta_y - delta_x|
+        gamma   = clip(sum|q - q_old| / sum|q_new - q_old|, low, high)
+
+    Memory passes: reads x, p, p_prev, q_old and writes p_prev, 5; with `x_prev` 7; `least_squares`
+    reads q_new as well. Arguments and errors: `dicache.reference.probe_statistics`. For a decision
+    over several GPUs, add up the sums and call `finish_probe_statistics`.
+
+    Returns:
+        sums [B, 5] or [B, 7], and result [B + 1, 2] = (error, gamma), the whole batch last.
+    """
+    return _probe_statistics(
+        x,
+        p,
+        p_prev,
+        x_prev,
+        probe_window,
+        newest,
+        entry_sums,
+        low,
+        high,
+        least_squares,
+        active,
+        workspace,
+    )
+
+
+def alignment_statistics(
+    x: Tensor,
+    p: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    relative_to_probe: bool = False,
+    active: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Error and gamma of the verified alignment: how well the trajectory predicts the probe.
+
+        a = q - q_old     d = q_new - q_old     gamma = clip(<a, d> / <d, d>, low, high)
+        error = ||a - gamma d|| / ||q||, or / ||p|| with `relative_to_probe`
+
+    Memory passes: reads x, p, q_old, q_new, 4; writes nothing. Arguments and errors:
+    `dicache.reference.alignment_statistics`. For a decision over several GPUs, add up the sums and
+    call `finish_alignment_statistics`.
+
+    Returns:
+        sums [B, 6], and result [B + 1, 2] = (error, gamma), the whole batch last.
+    """
+    return _alignment_statistics(
+        x, p, probe_window, newest, entry_sums, low, high, relative_to_probe, active, workspace
+    )
+
+
+def finish_probe_statistics(sums: Tensor, low: float, high: float) -> Tensor:
+    """(error, gamma) [B + 1, 2] from the sums of `probe_statistics`, after an all-reduce if any.
+
+    One small launch. `dicache.reference.finish_probe_statistics` says what the columns are.
+    """
+    return _finish_probe_statistics(sums, low, high)
+
+
+def finish_alignment_statistics(
+    sums: Tensor, low: float, high: float, relative_to_probe: bool = False
+) -> Tensor:
+    """(error, gamma) [B + 1, 2] from the sums of `alignment_statistics`; one small launch."""
+    return _finish_alignment_statistics(sums, low, high, relative_to_probe)
+
+
+def combine_residuals(
+    x: Tensor,
+    residual_window: Tensor,
+    newest: Tensor,
+    gamma: Tensor,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y = x + r_old + gamma (r_new - r_old), in the window's dtype; gamma [B] stays on the device.
+
+    Memory passes: reads x, r_old, r_new and writes y, 4. `out` may be x itself. Arguments and
+    errors: `dicache.reference.combine_residuals`.
+    """
+    if out is None:
+        return _combine_residuals(x, residual_window, newest, gamma, active)
+    _combine_residuals_out(x, residual_window, newest, gamma, active, out)
+    return out
+
+
+def record_residuals(
+    x: Tensor,
+    p: Tensor,
+    y: Tensor,
+    residual_window: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    first: bool,
+    active: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> None:
+    """Push (r, q) = (y - x, p - x) over the older window entry, and turn `newest` to it.
+
+    Memory passes: reads x, p, y, q_new and writes r, q, 6; a first entry is written twice, and 7
+    passes. x and p may be the very slots that are overwritten. Arguments and errors:
+    `dicache.reference.record_residuals`.
+    """
+    _record_residuals(
+        x, p, y, residual_window, probe_window, newest, entry_sums, first, active, workspace
+    )
+
+
+def make_workspace(x: Tensor) -> Tensor:
+    """Scratch memory for the partial sums of statistics and record on tensors like x [B, ...].
+
+    One belongs to one stream at a time: launches that run side by side must not share it. Every
+    launch leaves it ready for the next one. Without a workspace the GPU backends allocate one in
+    each call and clear its counter, which is a second launch.
+
+    Returns:
+        uint8, zeroed, about 34 KB on an H200; empty on the CPU, which needs none.
+    """
+    if x.device.type == "cpu" and not _interprets_triton():
+        return torch.zeros(0, dtype=torch.uint8)
+    blocks = max(_max_blocks(x.device), x.shape[0])
+    num_bytes = _WORKSPACE_HEADER_BYTES + _WORKSPACE_BYTES_PER_BLOCK * blocks
+    return torch.zeros(num_bytes, dtype=torch.uint8, device=x.device)
 
 
 def backend_status() -> dict[str, str]:
-    """For every backend name `"available"`, or the reason why it is not."""
-    return {**dict.fromkeys(_BACKENDS, "available"), **_ABSENT}
+    """For every backend name `"available"`, or the reason why it cannot run here."""
+    status = {"reference": "available", "cpp": _load_error["_C"] or "available"}
+    status["cuda"] = _load_error["_C_cuda"] or _no_gpu() or "available"
+    status["triton"] = _no_triton() or "available"
+    return status
 
 
-def resolve_backend(name: str) -> ModuleType:
-    """The module that implements the operators for `name` (see `DiCacheConfig.backend`).
+def resolve_backend(name: str, device: torch.device | None = None) -> ModuleType:
+    """The module whose functions are the operators of backend `name` (`DiCacheConfig.backend`).
+
+    Args:
+        name: "auto" takes the fastest body for each tensor's device.
+        device: Where the tensors are; `None` checks only that the backend is there.
 
     Raises:
-        ValueError: The backend is not there; the message says why and what is.
+        ValueError: The backend is not there, or not for this device; the message says why and what
+            to do.
     """
+    from . import ops
+
     if name == "auto":
-        return reference
-    if name not in _BACKENDS:
-        reason = _ABSENT.get(name, "there is no backend of this name")
-        available = ", ".join(("auto", *_BACKENDS))
+        return ops
+    status = backend_status()
+    if status.get(name) != "available":
+        reason = status.get(name, "there is no backend of this name")
+        available = ", ".join(["auto", *(key for key in status if status[key] == "available")])
         raise ValueError(f"backend={name!r} cannot be used: {reason}. Available: {available}.")
-    return _BACKENDS[name]
+    expected = {"cpp": "cpu", "cuda": "cuda"}.get(name)
+    if device is not None and expected is not None and device.type != expected:
+        raise ValueError(
+            f"backend={name!r} works on {expected} tensors, and these are on {device}. Use "
+            f"backend='auto', which takes the fastest one for each device."
+        )
+    if name == "reference":
+        return reference
+    if name == "triton":
+        from . import kernels
+
+        return kernels
+    return ops
+
+
+def _max_blocks(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _BLOCKS_ELSEWHERE
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _BLOCKS_PER_MULTIPROCESSOR * processors
+
+
+def _no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _interprets_triton() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _no_triton() -> str | None:
+    """Why Triton cannot run here; `None` if it can. Does not import it."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.cuda.is_available() or torch.xpu.is_available() or _interprets_triton():
+        return None
+    return "no GPU that Triton could run on (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+
+
+def _load(extension: str) -> str | None:
+    """Load a compiled extension of this package; why it is not there, or `None`."""
+    for path in sorted(Path(__file__).parent.glob(f"{extension}.*")):
+        if path.suffix in (".so", ".pyd", ".dylib"):
+            try:
+                torch.ops.load_library(path)
+            except OSError as error:
+                return f"{path.name} does not load: {error}"
+            return None
+    if extension == "_C_cuda" and torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    wanted = "cuda" if extension == "_C_cuda" else "cpu"
+    return (
+        f"dicache.{extension} was not built with this installation; DICACHE_BUILD={wanted} pip "
+        f"install --no-build-isolation ... builds it or says why not"
+    )
+
+
+def _register_python_bodies() -> None:
+    """The reference for every device, and Triton where it can run and nothing compiled does."""
+    for name in OPERATORS:
+        _LIBRARY.impl(name, _body(reference, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dicache::{name}", _FAKES[name], lib=_LIBRARY)
+    if _no_triton() is None:
+        for name in OPERATORS:
+            for key in ("XPU",) if _load_error["_C_cuda"] is None else ("CUDA", "XPU"):
+                _LIBRARY.impl(name, _triton_body(name), key)
+
+
+def _body(module: ModuleType, name: str):  # type: ignore[no-untyped-def]
+    if name != "combine_residuals_out":
+        return getattr(module, name)
+
+    def combine_residuals_out(
+        x: Tensor,
+        residual_window: Tensor,
+        newest: Tensor,
+        gamma: Tensor,
+        active: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        module.combine_residuals(x, residual_window, newest, gamma, active, out)
+
+    return combine_residuals_out
+
+
+def _triton_body(name: str):  # type: ignore[no-untyped-def]
+    def call(*args, **kwargs):  # type: ignore[no-untyped-def]
+        from . import kernels  # imports Triton: not before the first call
+
+        return _body(kernels, name)(*args, **kwargs)
+
+    return call
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _fake_probe_statistics(
+    x: Tensor,
+    p: Tensor,
+    p_prev: Tensor,
+    x_prev: Tensor | None,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    least_squares: bool = False,
+    active: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    checks.check_probe_statistics(
+        x, p, p_prev, x_prev, probe_window, newest, entry_sums, low, high, active
+    )
+    return _fake_results(x, p, 5 if x_prev is None else 7)
+
+
+def _fake_alignment_statistics(
+    x: Tensor,
+    p: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    relative_to_probe: bool = False,
+    active: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    checks.check_alignment_statistics(x, p, probe_window, newest, entry_sums, low, high, active)
+    return _fake_results(x, p, 6)
+
+
+def _fake_results(x: Tensor, p: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    batch, dtype = x.shape[0], _wide(x, p)
+    return x.new_empty((batch, columns), dtype=dtype), x.new_empty((batch + 1, 2), dtype=dtype)
+
+
+def _fake_finish_probe_statistics(sums: Tensor, low: float, high: float) -> Tensor:
+    checks.check_finish(sums, low, high, columns=(5, 7))
+    return sums.new_empty((sums.shape[0] + 1, 2))
+
+
+def _fake_finish_alignment_statistics(
+    sums: Tensor, low: float, high: float, relative_to_probe: bool = False
+) -> Tensor:
+    checks.check_finish(sums, low, high, columns=(6,))
+    return sums.new_empty((sums.shape[0] + 1, 2))
+
+
+def _fake_combine_residuals(
+    x: Tensor,
+    residual_window: Tensor,
+    newest: Tensor,
+    gamma: Tensor,
+    active: Tensor | None = None,
+) -> Tensor:
+    checks.check_combine(x, residual_window, newest, gamma, active, None)
+    return x.new_empty(x.shape, dtype=residual_window.dtype)
+
+
+def _fake_combine_residuals_out(
+    x: Tensor,
+    residual_window: Tensor,
+    newest: Tensor,
+    gamma: Tensor,
+    active: Tensor | None,
+    out: Tensor,
+) -> None:
+    checks.check_combine(x, residual_window, newest, gamma, active, out)
+
+
+def _fake_record_residuals(
+    x: Tensor,
+    p: Tensor,
+    y: Tensor,
+    residual_window: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    first: bool,
+    active: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> None:
+    checks.check_record(x, p, y, residual_window, probe_window, newest, entry_sums, active)
+
+
+_FAKES = {name: globals()[f"_fake_{name}"] for name in OPERATORS}
+_LIBRARY = torch.library.Library("dicache", "DEF")
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)
+_load_error = {extension: _load(extension) for extension in ("_C", "_C_cuda")}
+_register_python_bodies()
+
+_probe_statistics = torch.ops.dicache.probe_statistics.default
+_alignment_statistics = torch.ops.dicache.alignment_statistics.default
+_finish_probe_statistics = torch.ops.dicache.finish_probe_statistics.default
+_finish_alignment_statistics = torch.ops.dicache.finish_alignment_statistics.default
+_combine_residuals = torch.ops.dicache.combine_residuals.default
+_combine_residuals_out = torch.ops.dicache.combine_residuals_out.default
+_record_residuals = torch.ops.dicache.record_residuals.default

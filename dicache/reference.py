@@ -23,12 +23,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Columns of the sums that `probe_statistics` returns; delta_minus appends the last two.
-#   0 sum|p - p_prev|   1 sum|p_prev|   2 sum|q - q_old|   3 sum|q_new - q_old|   4 sum|r|
+from . import checks
+
+# Columns of the sums that `probe_statistics` returns; delta_minus appends the last two. With
+# a = q - q_old and d = q_new - q_old, gamma is column 2 over column 3 in both its solutions.
+#   0 sum|p - p_prev|   1 sum|p_prev|   2 sum|a|, or <a, d>    3 sum|d|, or <d, d>    4 sum|r|
 #   5 sum|x - x_prev|   6 sum|x_prev|
 # Columns of the sums that `alignment_statistics` returns.
-#   0 <a, a>            1 <a, d>        2 <q, q>           3 <d, d>               4 sum|r|
+#   0 <a, a>            1 <a, d>        2 <q, q>               3 <d, d>               4 sum|r|
 #   5 <p, p>
+# sum|r| is over both window entries: finite exactly if the window can be used.
+# Columns of the entry sums that `record_residuals` leaves for the next step's statistics.
+#   0 sum|d|            1 <d, d>        2 sum|r_new|           3 sum|r_old|
 
 
 def probe_statistics(
@@ -41,14 +47,17 @@ def probe_statistics(
     entry_sums: Tensor,
     low: float,
     high: float,
+    least_squares: bool = False,
     active: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Error and gamma of the published rules; also stores p (and x) for the next step.
 
         delta_y = sum|p - p_prev| / sum|p_prev|        error = delta_y, or |delta_y - delta_x|
-        gamma   = clip(sum|q - q_old| / sum|q_new - q_old|, low, high)
+        gamma   = clip(sum|a| / sum|d|, low, high),    a = q - q_old,   d = q_new - q_old
 
-    (arXiv 2508.17356, Online Probe Profiling and Dynamic Cache Trajectory Alignment.)
+    (arXiv 2508.17356, Online Probe Profiling and Dynamic Cache Trajectory Alignment.) With
+    `least_squares` gamma is clip(<a, d> / <d, d>, low, high) instead.
 
     Args:
         x: [B, ...] tokens before block 0, any floating dtype.
@@ -58,22 +67,36 @@ def probe_statistics(
             delta_minus.
         probe_window: [2, B, ...] residuals q of the two last computed steps.
         newest: int32 [B], 0 or 1.
-        entry_sums: fp32 [B, 3] from `record_residuals`.
+        entry_sums: fp32 [B, 4] from `record_residuals` (fp64 for fp64 data).
         low, high: Bounds of gamma; `high` may be `inf`.
-        active: uint8 [B] or `None` for all samples.
+        least_squares: Which of the two gammas.
+        active: uint8 [B] or `None` for all samples. Sums of inactive samples are zero.
+        workspace: From `dicache.ops.make_workspace`; only the GPU backends use it.
 
     Returns:
         sums [B, 5], or [B, 7] with `x_prev`, and result [B + 1, 2] = (error, gamma): a row a
-        sample and, last, the row of the whole batch, the ratio of the summed sums.
+        sample and, last, the row of the whole batch, the ratio of the summed sums. Both in fp32
+        (fp64 if x or p is fp64).
+
+    Raises:
+        ValueError: A shape, dtype or device is not as above, or low > high.
     """
-    wide = _wide(x, p, probe_window)
-    q_change = (p.to(wide) - x.to(wide)) - _entry(probe_window, newest, old=True).to(wide)
+    checks.check_probe_statistics(
+        x, p, p_prev, x_prev, probe_window, newest, entry_sums, low, high, active
+    )
+    wide = _wide(x, p)
+    q_old = _entry(probe_window, newest, old=True).to(wide)
+    a = (p.to(wide) - x.to(wide)) - q_old
+    if least_squares:
+        gamma_top = _dot(a, _entry(probe_window, newest, old=False).to(wide) - q_old)
+    else:
+        gamma_top = _sum_abs(a)
     columns = [
         _sum_abs(p.to(wide) - p_prev.to(wide)),
         _sum_abs(p_prev.to(wide)),
-        _sum_abs(q_change),
-        entry_sums[:, 0],
-        entry_sums[:, 2],
+        gamma_top,
+        entry_sums[:, 1 if least_squares else 0],
+        entry_sums[:, 2] + entry_sums[:, 3],
     ]
     _store(p_prev, p, active)
     if x_prev is not None:
@@ -85,6 +108,7 @@ def probe_statistics(
 
 def finish_probe_statistics(sums: Tensor, low: float, high: float) -> Tensor:
     """(error, gamma) [B + 1, 2] from the sums of `probe_statistics`, after an all-reduce if any."""
+    checks.check_finish(sums, low, high, columns=(5, 7))
     sums = torch.cat([sums, sums.sum(dim=0, keepdim=True)])  # the last row: the whole batch
     error = sums[:, 0] / sums[:, 1]
     if sums.shape[1] == 7:
@@ -102,6 +126,7 @@ def alignment_statistics(
     high: float,
     relative_to_probe: bool = False,
     active: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Error and gamma of the verified alignment: how well the trajectory predicts the probe.
 
@@ -113,15 +138,17 @@ def alignment_statistics(
     one is judged by the misfit that it really leaves. With `relative_to_probe` the error is
     ||a - gamma d|| / ||p||. Nothing is written.
 
-    Args and returns as `probe_statistics`, the sums being [B, 6].
+    Args, returns and errors as `probe_statistics`, the sums being [B, 6].
     """
-    wide = _wide(x, p, probe_window)
+    checks.check_alignment_statistics(x, p, probe_window, newest, entry_sums, low, high, active)
+    wide = _wide(x, p)
     p = p.to(wide)
     q = p - x.to(wide)
     q_old = _entry(probe_window, newest, old=True).to(wide)
     a = q - q_old
     d = _entry(probe_window, newest, old=False).to(wide) - q_old
-    columns = [_dot(a, a), _dot(a, d), _dot(q, q), *entry_sums.unbind(dim=1)[1:], _dot(p, p)]
+    residual = entry_sums[:, 2] + entry_sums[:, 3]
+    columns = [_dot(a, a), _dot(a, d), _dot(q, q), entry_sums[:, 1], residual, _dot(p, p)]
     sums = _only(torch.stack([column.to(wide) for column in columns], dim=1), active)
     return sums, finish_alignment_statistics(sums, low, high, relative_to_probe)
 
@@ -130,6 +157,7 @@ def finish_alignment_statistics(
     sums: Tensor, low: float, high: float, relative_to_probe: bool = False
 ) -> Tensor:
     """(error, gamma) [B + 1, 2] from the sums of `alignment_statistics`."""
+    checks.check_finish(sums, low, high, columns=(6,))
     sums = torch.cat([sums, sums.sum(dim=0, keepdim=True)])
     aa, ad, qq, dd, residual, pp = sums.unbind(dim=1)
     gamma = _gamma(ad, dd, residual, low, high)
@@ -152,14 +180,18 @@ def combine_residuals(
         x: [B, ...] tokens before block 0.
         residual_window: [2, B, ...] residuals r of the two last computed steps.
         newest: int32 [B].
-        gamma: fp32 [B], read on the device.
+        gamma: fp32 or fp64 [B], read on the device. May be expanded from one number.
         active: uint8 [B] or `None`. Inactive rows of `out` stay as they are (without `out` they
             are zero).
         out: Where to write, [B, ...] in the window's dtype; may be `x`. `None` allocates.
 
     Returns:
         y [B, ...].
+
+    Raises:
+        ValueError: A shape, dtype or device is not as above.
     """
+    checks.check_combine(x, residual_window, newest, gamma, active, out)
     wide = _wide(x, residual_window)
     old = _entry(residual_window, newest, old=True).to(wide)
     new = _entry(residual_window, newest, old=False).to(wide)
@@ -183,6 +215,7 @@ def record_residuals(
     entry_sums: Tensor,
     first: bool,
     active: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     r"""Push (r, q) = (y - x, p - x) over the older window entry, and turn `newest` to it.
 
@@ -194,12 +227,17 @@ def record_residuals(
         residual_window: [2, B, ...] in y's dtype.
         probe_window: [2, B, ...] in p's dtype.
         newest: int32 [B]; updated.
-        entry_sums: fp32 [B, 3] (fp64 for fp64 data); overwritten with sum|q_new - q_old|,
-            <d, d> with d = q_new - q_old (the next step's denominators of gamma), and sum|r| of
-            both entries, which is finite exactly if the window can be used.
+        entry_sums: fp32 [B, 4] (fp64 for fp64 data); overwritten with sum|d| and <d, d>,
+            d = q_new - q_old (the next step's denominators of gamma), and sum|r| of the newer and
+            of the older entry, which are finite exactly if the entries can be used.
         first: Whether this is the only entry; it is then written to both places.
         active: uint8 [B] or `None`.
+        workspace: From `dicache.ops.make_workspace`; only the GPU backends use it.
+
+    Raises:
+        ValueError: A shape, dtype or device is not as above.
     """
+    checks.check_record(x, p, y, residual_window, probe_window, newest, entry_sums, active)
     wide = _wide(x, p, y)
     residual = (y.to(wide) - x.to(wide)).to(residual_window.dtype)
     probe_residual = (p.to(wide) - x.to(wide)).to(probe_window.dtype)
@@ -212,8 +250,8 @@ def record_residuals(
     _store(newest, slot, active)
     q_new, q_old = (_entry(probe_window, newest, old=old).to(wide) for old in (False, True))
     d = q_new - q_old
-    both = _sum_abs(residual_window[0].to(wide)) + _sum_abs(residual_window[1].to(wide))
-    sums = torch.stack([_sum_abs(d), _dot(d, d), both], dim=1)
+    size = _sum_abs(residual.to(wide))
+    sums = torch.stack([_sum_abs(d), _dot(d, d), size, size if first else entry_sums[:, 2]], dim=1)
     _store(entry_sums, sums.to(entry_sums.dtype), active)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import DiCacheConfig
-from .ops import resolve_backend
+from .ops import make_workspace, resolve_backend
 
 
 class Trajectory:
@@ -28,16 +28,17 @@ class Trajectory:
     @torch.inference_mode(False)  # buffers made inside it could not be rewritten outside
     def __init__(self, config: DiCacheConfig, x: Tensor, p: Tensor) -> None:
         self.config = config
-        self.ops = resolve_backend(config.backend)
+        self.ops = resolve_backend(config.backend, x.device)
         low, high = config.gamma_range
         self.gamma_range = (float(low), math.inf if high is None else float(high))
         batch, wide = x.shape[0], torch.float64 if x.dtype == torch.float64 else torch.float32
         self.probe_window = torch.zeros((2, *p.shape), dtype=p.dtype, device=p.device)
         self.residual_window = torch.zeros((2, *x.shape), dtype=x.dtype, device=x.device)
-        self.previous_probe = None if config.verifies_alignment else torch.empty_like(p)
-        self.previous_x = torch.empty_like(x) if config.error == "delta_minus" else None
+        self.previous_probe = None if config.verifies_alignment else p.new_empty(p.shape)
+        self.previous_x = x.new_empty(x.shape) if config.error == "delta_minus" else None
         self.newest = torch.zeros(batch, dtype=torch.int32, device=x.device)
-        self.entry_sums = torch.zeros((batch, 3), dtype=wide, device=x.device)
+        self.entry_sums = torch.zeros((batch, 4), dtype=wide, device=x.device)
+        self._workspace = make_workspace(x)
         self.has_entry = False
         self._older_slot = 1  # host copy of 1 - newest: no device read to find the slot
         self._layout = _layout(x, p)
@@ -49,17 +50,21 @@ class Trajectory:
 
     def statistics(self, x: Tensor, p: Tensor) -> Tensor:
         """(error, gamma) [B + 1, 2] on the device; the last row is the whole batch."""
+        x, p = _dense(x), _dense(p)
         shared = (self.probe_window, self.newest, self.entry_sums, *self.gamma_range)
-        result = None
-        if self.previous_probe is not None:
-            published = (self.previous_probe, self.previous_x)
-            _, result = self.ops.probe_statistics(x, p, *published, *shared)
-            self._stored_probe = True
-        if self.config.alignment == "least_squares":
-            to_probe = self.config.error == "weighted_alignment"
-            _, aligned = self.ops.alignment_statistics(x, p, *shared, relative_to_probe=to_probe)
-            result = aligned if result is None else torch.stack([result[:, 0], aligned[:, 1]], 1)
-        assert result is not None  # l1 needs a published error, which config ensures
+        config, workspace = self.config, self._workspace
+        if self.previous_probe is None:
+            to_probe = config.error == "weighted_alignment"
+            _, result = self.ops.alignment_statistics(
+                x, p, *shared, relative_to_probe=to_probe, workspace=workspace
+            )
+            return result
+        least_squares = config.alignment == "least_squares"
+        published = (self.previous_probe, self.previous_x)
+        _, result = self.ops.probe_statistics(
+            x, p, *published, *shared, least_squares=least_squares, workspace=workspace
+        )
+        self._stored_probe = True
         return result
 
     def hold(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,9 +87,9 @@ class Trajectory:
 
     def combine(self, x: Tensor, gamma: Tensor) -> Tensor:
         """y = x + r_old + gamma (r_new - r_old); gamma [] on the device, for the whole batch."""
-        weights = gamma.to(self.entry_sums.dtype).expand(x.shape[0])
+        weights = gamma.expand(x.shape[0])
         self._stored_probe = False
-        return self.ops.combine_residuals(x, self.residual_window, self.newest, weights)
+        return self.ops.combine_residuals(_dense(x), self.residual_window, self.newest, weights)
 
     def record(self, x: Tensor, p: Tensor, y: Tensor) -> None:
         """Push this step's residuals into the window; x and p may come from `hold`."""
@@ -94,7 +99,10 @@ class Trajectory:
                 self.residual_window = torch.zeros_like(self.residual_window, dtype=y.dtype)
             self.has_entry = False
         window = (self.residual_window, self.probe_window, self.newest, self.entry_sums)
-        self.ops.record_residuals(x, p, y, *window, first=not self.has_entry)
+        x, p, y = _dense(x), _dense(p), _dense(y)
+        self.ops.record_residuals(
+            x, p, y, *window, first=not self.has_entry, workspace=self._workspace
+        )
         self.has_entry = True
         self._older_slot = 1 - self._older_slot
         self._stored_probe = False
@@ -114,6 +122,7 @@ class Trajectory:
         """Bytes of everything that is kept between steps."""
         optional = (self.previous_probe, self.previous_x)
         owned = [self.probe_window, self.residual_window, self.newest, self.entry_sums]
+        owned.append(self._workspace)
         owned += [tensor for tensor in optional if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in owned)
 
@@ -125,6 +134,11 @@ class Trajectory:
         if self.previous_x is not None:
             self.previous_x.copy_(x)
         self._stored_probe = True
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The operators take samples whose elements are contiguous; models may hand out others."""
+    return tensor if tensor.is_contiguous() or tensor[:1].is_contiguous() else tensor.contiguous()
 
 
 def _layout(x: Tensor, p: Tensor) -> tuple[object, ...]:

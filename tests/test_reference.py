@@ -36,8 +36,9 @@ def entry_sums(windows, newest):
     rows = []
     for sample in range(newest.numel()):
         old, new = entries(windows["probe"], newest, sample)
-        both = windows["residual"][:, sample].double().abs().sum()
-        rows.append(torch.stack([(new - old).abs().sum(), ((new - old) ** 2).sum(), both]))
+        sizes = [r.abs().sum() for r in entries(windows["residual"], newest, sample)]
+        d = new - old
+        rows.append(torch.stack([d.abs().sum(), (d**2).sum(), *reversed(sizes)]))
     return torch.stack(rows)
 
 
@@ -176,7 +177,7 @@ def test_record_residuals(first):
     tensors, windows, newest = make_step(2, 3, 5, torch.float64)
     x, p, y = (tensors[name] for name in ("x", "p", "y"))
     before = {name: window.clone() for name, window in windows.items()}
-    was, sums = newest.clone(), torch.zeros(2, 3, dtype=torch.float64)
+    was, sums = newest.clone(), entry_sums(windows, newest)
     reference.record_residuals(x, p, y, windows["residual"], windows["probe"], newest, sums, first)
     assert torch.equal(newest, 1 - was)
     for name, residual in (("residual", y - x), ("probe", p - x)):
@@ -192,7 +193,7 @@ def test_record_works_on_inputs_parked_in_the_slots_that_it_overwrites():
     tensors, windows, newest = make_step(2, 3, 5)
     newest.fill_(1)
     parked = {name: window.clone() for name, window in windows.items()}
-    sums, parked_sums = torch.zeros(2, 3), torch.zeros(2, 3)
+    sums, parked_sums = torch.zeros(2, 4), torch.zeros(2, 4)
     x, p, y = (tensors[name] for name in ("x", "p", "y"))
     held_x, held_p = parked["residual"][0].copy_(x), parked["probe"][0].copy_(p)
     reference.record_residuals(

@@ -345,7 +345,7 @@ def test_a_context_holds_the_promised_tensors_and_no_more(rules, count, dtype):
         for name in ("cond", "uncond"):
             run_step(session, tensors(seed, shape, dtype), name)
     hidden_state = math.prod(shape) * dtype.itemsize
-    small = batch * (4 + 3 * 4)  # newest int32, entry_sums fp32 [B, 3]
+    small = batch * (4 + 4 * 4)  # newest int32, entry_sums fp32 [B, 4]
     assert session.stats.cache_tensors == 2 * count
     assert session.stats.cache_bytes == 2 * (count * hidden_state + small)
 

@@ -18,6 +18,8 @@ from dicache.ops import backend_status
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "imageio-ffmpeg")
 
+_FLUX = (1, 4096 * 3072)  # samples and elements of one, at 1024 x 1024
+
 
 def print_info() -> None:
     """Print all tables."""
@@ -26,6 +28,7 @@ def print_info() -> None:
     console.print(_two_columns("versions", "package", "version", rows))
     console.print(_two_columns("devices", "device", "what it is", devices()))
     console.print(_two_columns("backends", "backend", "status", backend_status()))
+    console.print(_two_columns("build", "fact", "value", build()))
     console.print(_families_table())
 
 
@@ -48,6 +51,29 @@ def devices() -> dict[str, str]:
     if torch.xpu.is_available():
         found["xpu"] = torch.xpu.get_device_name()
     return found
+
+
+def build() -> dict[str, str]:
+    """How the compiled backends were built and what they use here."""
+    try:
+        from dicache._build_info import build_facts, launch_plan
+    except ImportError as error:
+        return {"compiled": f"nothing ({error})"}
+    facts = build_facts()
+    tasks = launch_plan("alignment_statistics", *_FLUX, 1)["cpu_tasks"]
+    plans = {"cpu": f"{tasks} tasks on {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        processors = torch.cuda.get_device_properties(index).multi_processor_count
+        plan = launch_plan("alignment_statistics", *_FLUX, processors)
+        plans[f"cuda:{index}"] = f"1 launch, {plan['blocks']} blocks of {plan['threads']} threads"
+    cuda = f"{facts['cuda']} for {facts['cuda_architectures']}" if facts["cuda"] else "not built"
+    return {
+        "compiler": facts["compiler"],
+        "torch, at least": facts["torch_stable_abi"],
+        "CPU instruction set": facts["instruction_set"],
+        "CUDA": cuda,
+        **{f"FLUX statistics, {device}": plan for device, plan in plans.items()},
+    }
 
 
 def _version_of(package: str) -> str:

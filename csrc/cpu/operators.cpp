@@ -1,0 +1,206 @@
+// The CPU backend: tasks on torch's threads, partial sums added in index order.
+//
+// Results are bitwise equal from run to run, for every number of threads and every instruction set.
+#include <math.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <vector>
+
+namespace dicache {
+static inline float magnitude(float value) { return value < 0 ? -value : value; }
+static inline double magnitude(double value) { return value < 0 ? -value : value; }
+}  // namespace dicache
+
+#include "cpu/bodies_table.h"
+#include "cpu/instruction_set.h"
+#include "dicache/elements.h"
+#include "dicache/launch_plan.h"
+#include "torch/operators.h"
+
+namespace dicache {
+namespace {
+
+// Fewer tasks a thread than this cost more to hand out than to run.
+constexpr int64_t kTasksPerThread = 4;
+
+const Bodies* select_bodies() {
+#if defined(__x86_64__)
+  switch (instruction_set()) {
+    case InstructionSet::kAvx512:
+      return avx512_bodies();
+    case InstructionSet::kAvx2:
+      return avx2_bodies();
+    default:
+      break;
+  }
+#endif
+  return baseline_bodies();
+}
+
+// The instantiation for these dtypes: one of them all, or a mixture.
+const Bodies& bodies(bool is_wide, std::initializer_list<DType> dtypes) {
+  static const Bodies* const table = select_bodies();
+  for (const DType dtype : dtypes) {
+    if (dtype != *dtypes.begin()) {
+      return table[is_wide ? kMixedWide : kMixed];
+    }
+  }
+  return table[static_cast<int>(*dtypes.begin())];
+}
+
+// [B, kMaxPartials]: the partial sums of each sample, added in the order of its chunks.
+std::vector<double> add_partials(const Samples& samples, const std::vector<double>& partials) {
+  std::vector<double> totals(samples.batch * kMaxPartials);
+  const int64_t chunks = cpu_chunks(samples.size);
+  for (int64_t sample = 0; sample < samples.batch; ++sample) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const double* partial = partials.data() + (sample * chunks + chunk) * kMaxPartials;
+      for (int sum = 0; sum < kMaxPartials; ++sum) {
+        totals[sample * kMaxPartials + sum] += partial[sum];
+      }
+    }
+  }
+  return totals;
+}
+
+template <class T>
+void read_entry_sums(T* values, const EntrySums& entry_sums, int64_t sample) {
+  for (int sum = 0; sum < kEntrySums; ++sum) {
+    const int64_t index = sample * kEntrySums + sum;
+    values[sum] = entry_sums.is_wide ? static_cast<T>(static_cast<double*>(entry_sums.data)[index])
+                                     : static_cast<T>(static_cast<float*>(entry_sums.data)[index]);
+  }
+}
+
+// (error, gamma) of every row of sums [B, columns], and of their sum.
+template <class T>
+void finish_rows(T* result, const T* sums, int64_t batch, int columns, const Rule& rule) {
+  T total[8] = {};
+  for (int64_t sample = 0; sample < batch; ++sample) {
+    finish(result + 2 * sample, sums + sample * columns, columns, rule);
+    for (int column = 0; column < columns; ++column) {
+      total[column] += sums[sample * columns + column];
+    }
+  }
+  finish(result + 2 * batch, total, columns, rule);
+}
+
+// Partial sums -> rows of sums -> (error, gamma).
+template <class T, class Terms, class Arguments>
+void conclude(const Arguments& arguments, const std::vector<double>& totals) {
+  T* rows = static_cast<T*>(arguments.sums);
+  for (int64_t sample = 0; sample < arguments.samples.batch; ++sample) {
+    T* row = rows + sample * Terms::kColumns;
+    if (!arguments.samples.is_active(sample)) {
+      for (int column = 0; column < Terms::kColumns; ++column) {
+        row[column] = 0;
+      }
+      continue;
+    }
+    T sums[kMaxPartials], entry_sums[kEntrySums];
+    for (int sum = 0; sum < kMaxPartials; ++sum) {
+      sums[sum] = static_cast<T>(totals[sample * kMaxPartials + sum]);
+    }
+    read_entry_sums(entry_sums, arguments.entry_sums, sample);
+    Terms::columns(row, sums, entry_sums);
+  }
+  finish_rows(static_cast<T*>(arguments.result), rows, arguments.samples.batch, Terms::kColumns,
+              arguments.rule);
+}
+
+template <class Terms, class Arguments>
+void conclude(const Arguments& arguments, const std::vector<double>& totals) {
+  arguments.samples.is_wide ? conclude<double, Terms>(arguments, totals)
+                            : conclude<float, Terms>(arguments, totals);
+}
+
+template <class T>
+void write_entry_sums(const RecordArguments& arguments, const std::vector<double>& totals) {
+  T* rows = static_cast<T*>(arguments.entry_sums.data);
+  for (int64_t sample = 0; sample < arguments.samples.batch; ++sample) {
+    if (!arguments.samples.is_active(sample)) {
+      continue;
+    }
+    const double* sums = totals.data() + sample * kMaxPartials;
+    T* row = rows + sample * kEntrySums;
+    row[kAbsOld] = arguments.first ? static_cast<T>(sums[2]) : row[kAbsNew];
+    row[kAbsD] = static_cast<T>(sums[0]);
+    row[kDD] = static_cast<T>(sums[1]);
+    row[kAbsNew] = static_cast<T>(sums[2]);
+  }
+}
+
+class Cpu {
+ public:
+  Cpu(const Tensor&, const std::optional<Tensor>&) {}
+
+  void probe(const ProbeArguments& arguments) const {
+    const DType p = arguments.p.dtype;
+    const auto totals = reduce(bodies(arguments.samples.is_wide, {arguments.x.dtype, p}).probe,
+                               arguments);
+    const bool with_input = arguments.x_prev.data != nullptr;
+    if (arguments.rule.least_squares) {
+      with_input ? conclude<ProbeTerms<true, true>>(arguments, totals)
+                 : conclude<ProbeTerms<true, false>>(arguments, totals);
+    } else {
+      with_input ? conclude<ProbeTerms<false, true>>(arguments, totals)
+                 : conclude<ProbeTerms<false, false>>(arguments, totals);
+    }
+  }
+
+  void alignment(const AlignmentArguments& arguments) const {
+    const auto& body = bodies(arguments.samples.is_wide, {arguments.x.dtype, arguments.p.dtype});
+    conclude<AlignmentTerms>(arguments, reduce(body.alignment, arguments));
+  }
+
+  void finish(const FinishArguments& arguments) const {
+    arguments.is_wide
+        ? finish_rows(static_cast<double*>(arguments.result),
+                      static_cast<const double*>(arguments.sums), arguments.batch,
+                      arguments.columns, arguments.rule)
+        : finish_rows(static_cast<float*>(arguments.result),
+                      static_cast<const float*>(arguments.sums), arguments.batch,
+                      arguments.columns, arguments.rule);
+  }
+
+  void combine(const CombineArguments& arguments) const {
+    const auto body = bodies(arguments.samples.is_wide, {arguments.x.dtype, arguments.r.dtype});
+    torch::stable::parallel_for(
+        0, tasks(arguments.samples), kTasksPerThread,
+        [&](int64_t begin, int64_t end) { body.combine(arguments, begin, end); });
+  }
+
+  void record(const RecordArguments& arguments) const {
+    const auto& body = bodies(arguments.samples.is_wide,
+                              {arguments.x.dtype, arguments.p.dtype, arguments.y.dtype});
+    const auto totals = reduce(body.record, arguments);
+    arguments.entry_sums.is_wide ? write_entry_sums<double>(arguments, totals)
+                                 : write_entry_sums<float>(arguments, totals);
+    for (int64_t sample = 0; sample < arguments.samples.batch; ++sample) {
+      if (arguments.samples.is_active(sample)) {
+        const int turned = 1 - arguments.samples.new_entry(sample);
+        const_cast<int32_t*>(arguments.samples.newest)[sample] = turned;
+      }
+    }
+  }
+
+ private:
+  static int64_t tasks(const Samples& samples) { return samples.batch * cpu_chunks(samples.size); }
+
+  template <class Arguments>
+  static std::vector<double> reduce(void (*body)(const Arguments&, int64_t, int64_t, double*),
+                                    const Arguments& arguments) {
+    std::vector<double> partials(tasks(arguments.samples) * kMaxPartials);
+    torch::stable::parallel_for(0, tasks(arguments.samples), kTasksPerThread,
+                                [&](int64_t begin, int64_t end) {
+                                  body(arguments, begin, end, partials.data());
+                                });
+    return add_partials(arguments.samples, partials);
+  }
+};
+
+STABLE_TORCH_LIBRARY_IMPL(dicache, CPU, m) { Operators<Cpu>::register_all(m); }
+
+}  // namespace
+}  // namespace dicache

@@ -1,0 +1,101 @@
+// The CUDA backend: the current stream, the workspace, one launch an operator.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <math.h>
+
+namespace dicache {
+static inline float magnitude(float value) { return fabsf(value); }
+static inline double magnitude(double value) { return fabs(value); }
+}  // namespace dicache
+
+#include "cuda/launch.h"
+#include "torch/operators.h"
+
+namespace dicache {
+namespace {
+
+void expect_launched(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "The launch failed: ", cudaGetErrorString(error), ".");
+}
+
+int multiprocessors_of(int device) {
+  constexpr int kMaxDevices = 64;
+  static int known[kMaxDevices] = {};  // a race writes the same number twice
+  int count = device < kMaxDevices ? known[device] : 0;
+  if (count == 0) {
+    const cudaError_t error =
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error));
+    if (device < kMaxDevices) {
+      known[device] = count;
+    }
+  }
+  return count;
+}
+
+// Launches on the current stream of x's device.
+class Cuda {
+ public:
+  Cuda(const Tensor& x, const std::optional<Tensor>& workspace)
+      : x_(x), workspace_(workspace), device_(x.get_device_index()), guard_(device_) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  void probe(const ProbeArguments& arguments) {
+    expect_launched(cuda::launch_probe(arguments, reduction(arguments.samples)));
+  }
+
+  void alignment(const AlignmentArguments& arguments) {
+    expect_launched(cuda::launch_alignment(arguments, reduction(arguments.samples)));
+  }
+
+  void record(const RecordArguments& arguments) {
+    if (arguments.samples.batch > 0) {
+      expect_launched(cuda::launch_record(arguments, reduction(arguments.samples)));
+    }
+  }
+
+  void combine(const CombineArguments& arguments) {
+    expect_launched(cuda::launch_combine(arguments, stream_));
+  }
+
+  void finish(const FinishArguments& arguments) {
+    expect_launched(cuda::launch_finish(arguments, stream_));
+  }
+
+ private:
+  cuda::Reduction reduction(const Samples& samples) {
+    const LaunchPlan plan =
+        plan_reduction(samples.batch, samples.size, multiprocessors_of(device_));
+    if (workspace_) {
+      STD_TORCH_CHECK(workspace_->is_cuda() && workspace_->get_device_index() == device_ &&
+                          is_dense(*workspace_, 0) &&
+                          workspace_->scalar_type() == ScalarType::Byte &&
+                          workspace_->numel() >= plan.workspace_bytes,
+                      "workspace has ", workspace_->numel(), " elements of ",
+                      name_of(workspace_->scalar_type()), ". Expected at least ",
+                      plan.workspace_bytes, " contiguous bytes (uint8) on x's device, from "
+                      "dicache.ops.make_workspace(x).");
+    } else {
+      const std::array<int64_t, 1> shape{plan.workspace_bytes};
+      workspace_ = torch::stable::new_empty(x_, shape, ScalarType::Byte);
+      expect_launched(cudaMemsetAsync(workspace_->data_ptr(), 0, sizeof(unsigned), stream_));
+    }
+    return {plan, workspace_->data_ptr(), stream_};
+  }
+
+  const Tensor& x_;
+  std::optional<Tensor> workspace_;
+  int device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+STABLE_TORCH_LIBRARY_IMPL(dicache, CUDA, m) { Operators<Cuda>::register_all(m); }
+
+}  // namespace
+}  // namespace dicache

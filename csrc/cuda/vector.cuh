@@ -1,0 +1,239 @@
+// Reading and writing one sample: sixteen bytes a thread at a time, and single elements for the rest.
+//
+// Where all tensors of a call have one dtype (`Same`) that dtype is known at compile time. Where they
+// differ (`Mixed`) it is looked up at every element, a choice that all threads of a launch make alike;
+// the caches gather the bytes. A sample that does not begin at a multiple of sixteen bytes is read by
+// single elements too, and so are the last few elements of every other.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace dicache {
+__device__ __forceinline__ float magnitude(float value) { return fabsf(value); }
+__device__ __forceinline__ double magnitude(double value) { return fabs(value); }
+}  // namespace dicache
+
+#include "dicache/elements.h"
+#include "dicache/launch_plan.h"
+
+namespace dicache::cuda {
+
+// ---- elements ----
+
+template <class T>
+__device__ __forceinline__ T decode(__nv_bfloat16 value) {
+  return static_cast<T>(__bfloat162float(value));
+}
+template <class T>
+__device__ __forceinline__ T decode(__half value) {
+  return static_cast<T>(__half2float(value));
+}
+template <class T>
+__device__ __forceinline__ T decode(float value) {
+  return static_cast<T>(value);
+}
+template <class T>
+__device__ __forceinline__ T decode(double value) {
+  return static_cast<T>(value);
+}
+
+// fp64 goes to 16 bits by way of fp32, as in PyTorch.
+template <class E, class T>
+__device__ __forceinline__ E encode(T value) {
+  if constexpr (std::is_same_v<E, __half>) {
+    return __float2half_rn(static_cast<float>(value));
+  } else if constexpr (std::is_same_v<E, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(value));
+  } else {
+    return static_cast<E>(value);
+  }
+}
+
+// ---- one sample of a tensor ----
+
+struct Sample {
+  void* data;
+  DType dtype;
+};
+
+__device__ __forceinline__ int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+__device__ __forceinline__ Sample sample_of(const Tokens& tokens, int64_t sample) {
+  const int64_t offset = sample * tokens.batch_stride;
+  return {static_cast<char*>(tokens.data) + offset * bytes_of(tokens.dtype), tokens.dtype};
+}
+
+__device__ __forceinline__ Sample sample_of(const Window& window, int entry, int64_t sample) {
+  const int64_t offset = entry * window.entry_stride + sample * window.batch_stride;
+  return {static_cast<char*>(window.data) + offset * bytes_of(window.dtype), window.dtype};
+}
+
+template <class... Tensors>
+__device__ __forceinline__ bool are_aligned(const Tensors&... samples) {
+  return ((reinterpret_cast<uint64_t>(samples.data) | ...) & 15u) == 0;
+}
+
+// ---- formats ----
+
+// Every tensor holds elements E; arithmetic in Wide.
+template <class E, class Wide>
+struct Same {
+  using T = Wide;
+  static constexpr int kVector = 16 / sizeof(E);
+  static constexpr int kAtOnce = sizeof(E) == 2 ? 2 : 1;
+
+  // kWidth neighbouring elements as they lie in memory.
+  template <int kWidth>
+  struct alignas(kWidth * sizeof(E)) Block {
+    E element[kWidth];
+  };
+
+  template <int kWidth>
+  static __device__ __forceinline__ Block<kWidth> load(const Sample& sample, int64_t index) {
+    const E* from = static_cast<const E*>(sample.data) + index;
+    if constexpr (kWidth == 1) {
+      return {*from};
+    } else {
+      return __builtin_bit_cast(Block<kWidth>, *reinterpret_cast<const uint4*>(from));
+    }
+  }
+  template <int kWidth>
+  static __device__ __forceinline__ void store(const Sample& sample, int64_t index,
+                                               const Block<kWidth>& block) {
+    E* to = static_cast<E*>(sample.data) + index;
+    if constexpr (kWidth == 1) {
+      *to = block.element[0];
+    } else {
+      *reinterpret_cast<uint4*>(to) = __builtin_bit_cast(uint4, block);
+    }
+  }
+  template <int kWidth>
+  static __device__ __forceinline__ T value(const Block<kWidth>& block, int i) {
+    return decode<T>(block.element[i]);
+  }
+  // Stores, and leaves in `values` what was stored.
+  template <int kWidth>
+  static __device__ __forceinline__ void round_and_store(const Sample& sample, int64_t index,
+                                                         T (&values)[kWidth]) {
+    Block<kWidth> block;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      block.element[i] = encode<E>(values[i]);
+      values[i] = decode<T>(block.element[i]);
+    }
+    store(sample, index, block);
+  }
+};
+
+// Tensors hold different elements; arithmetic in Wide.
+template <class Wide>
+struct Mixed {
+  using T = Wide;
+  static constexpr int kVector = 1;
+  static constexpr int kAtOnce = 1;
+
+  template <int kWidth>
+  struct Block {
+    T element[kWidth];
+  };
+
+  template <int kWidth>
+  static __device__ __forceinline__ Block<kWidth> load(const Sample& sample, int64_t index) {
+    switch (sample.dtype) {
+      case DType::kBFloat16:
+        return {decode<T>(static_cast<const __nv_bfloat16*>(sample.data)[index])};
+      case DType::kFloat16:
+        return {decode<T>(static_cast<const __half*>(sample.data)[index])};
+      case DType::kFloat32:
+        return {decode<T>(static_cast<const float*>(sample.data)[index])};
+      default:
+        return {decode<T>(static_cast<const double*>(sample.data)[index])};
+    }
+  }
+  template <int kWidth>
+  static __device__ __forceinline__ T value(const Block<kWidth>& block, int i) {
+    return block.element[i];
+  }
+  template <int kWidth>
+  static __device__ __forceinline__ void round_and_store(const Sample& sample, int64_t index,
+                                                         T (&values)[kWidth]) {
+    switch (sample.dtype) {
+      case DType::kBFloat16:
+        return Same<__nv_bfloat16, T>::round_and_store(sample, index, values);
+      case DType::kFloat16:
+        return Same<__half, T>::round_and_store(sample, index, values);
+      case DType::kFloat32:
+        return Same<float, T>::round_and_store(sample, index, values);
+      default:
+        return Same<double, T>::round_and_store(sample, index, values);
+    }
+  }
+  // For a block that came from a tensor of the same dtype, where rounding changes nothing.
+  template <int kWidth>
+  static __device__ __forceinline__ void store(const Sample& sample, int64_t index,
+                                               const Block<kWidth>& block) {
+    T values[kWidth] = {block.element[0]};
+    round_and_store(sample, index, values);
+  }
+};
+
+// ---- the walk over a sample ----
+
+// Which part of a sample this block works on.
+struct Part {
+  int64_t sample, index, count;
+};
+
+__device__ __forceinline__ Part part_of(int64_t blocks_per_sample) {
+  return {blockIdx.x / blocks_per_sample, blockIdx.x % blocks_per_sample, blocks_per_sample};
+}
+
+// How many elements a call works on, as a type.
+template <int kWidth>
+struct Width {
+  static constexpr int value = kWidth;
+};
+
+// Calls use(width, i, load(width, i)) for all elements: vectors first, single elements after them.
+// kAtOnce = 2 loads two vectors of every tensor before it uses the first, which keeps more bytes on
+// their way; 64 registers hold that for five tensors of 16-bit elements, not for more.
+template <class Format, int kAtOnce, class Load, class Use>
+__device__ __forceinline__ void walk(const Part& part, int64_t size, bool aligned, const Load& load,
+                                     const Use& use) {
+  const int64_t thread = part.index * kGpuThreads + threadIdx.x;
+  const int64_t stride = part.count * kGpuThreads;
+  int64_t done = 0;
+  if constexpr (Format::kVector > 1) {
+    if (aligned) {
+      constexpr int k = Format::kVector;
+      const Width<k> width;
+      const int64_t vectors = size / k;
+      int64_t vector = thread;
+      if constexpr (kAtOnce == 2) {
+        for (; vector + stride < vectors; vector += 2 * stride) {
+          const int64_t first = vector * k, second = (vector + stride) * k;
+          const auto first_loaded = load(width, first);
+          const auto second_loaded = load(width, second);
+          use(width, first, first_loaded);
+          use(width, second, second_loaded);
+        }
+      }
+      for (; vector < vectors; vector += stride) {
+        use(width, vector * k, load(width, vector * k));
+      }
+      done = vectors * k;
+    }
+  }
+  const Width<1> single;
+  for (int64_t index = done + thread; index < size; index += stride) {
+    use(single, index, load(single, index));
+  }
+}
+
+}  // namespace dicache::cuda

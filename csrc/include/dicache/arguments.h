@@ -1,0 +1,113 @@
+// The operators' arguments without torch: raw pointers, element strides, dtypes.
+//
+// One struct an operator. The bindings (csrc/torch) fill it after checking every tensor; the bodies
+// (csrc/cpu, csrc/cuda) trust it. Elements of one sample are contiguous; samples and window entries
+// lie at any stride, so that a slice of a larger tensor needs no copy.
+#pragma once
+
+#include <cstdint>
+
+namespace dicache {
+
+enum class DType : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
+
+// Tokens [B, ...]: sample b begins at element b * batch_stride.
+struct Tokens {
+  void* data;
+  int64_t batch_stride;
+  DType dtype;
+};
+
+// A window [2, B, ...] of residuals: entry e of sample b begins at element
+// e * entry_stride + b * batch_stride.
+struct Window {
+  void* data;
+  int64_t entry_stride;
+  int64_t batch_stride;
+  DType dtype;
+};
+
+// What every operator works on. `active` may be null: all samples.
+struct Samples {
+  int64_t batch;   // B
+  int64_t size;    // elements of one sample
+  bool is_wide;    // arithmetic in fp64, because an input is fp64; else fp32
+  const int32_t* newest;  // [B]
+  const uint8_t* active;  // [B]
+
+  // A sample's older and newer window entry.
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+  int new_entry(int64_t sample) const {
+    return newest[sample] != 0 ? 1 : 0;
+  }
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+  bool is_active(int64_t sample) const {
+    return active == nullptr || active[sample] != 0;
+  }
+};
+
+// Columns of entry_sums [B, 4], which `record` leaves for the next step's statistics.
+enum EntrySum { kAbsD, kDD, kAbsNew, kAbsOld, kEntrySums };
+
+// An fp32 or fp64 tensor of sums, whatever the arithmetic is.
+struct EntrySums {
+  void* data;
+  bool is_wide;
+};
+
+// How the sums become (error, gamma).
+struct Rule {
+  double low, high;        // gamma's range
+  bool least_squares;      // probe statistics: gamma from inner products instead of L1 norms
+  bool relative_to_probe;  // alignment: error relative to ||p|| instead of ||q||
+};
+
+struct ProbeArguments {
+  Samples samples;
+  Tokens x, p, p_prev, x_prev;  // x_prev.data may be null: no delta_minus
+  Window q;
+  EntrySums entry_sums;
+  Rule rule;
+  void *sums, *result;  // [B, 5 or 7] and [B + 1, 2], fp64 if samples.is_wide
+};
+
+struct AlignmentArguments {
+  Samples samples;
+  Tokens x, p;
+  Window q;
+  EntrySums entry_sums;
+  Rule rule;
+  void *sums, *result;  // [B, 6] and [B + 1, 2]
+};
+
+struct FinishArguments {
+  int64_t batch;
+  int columns;
+  bool is_wide;
+  Rule rule;
+  const void* sums;
+  void* result;
+};
+
+struct CombineArguments {
+  Samples samples;
+  Tokens x, y;
+  Window r;
+  const void* gamma;
+  int64_t gamma_stride;
+  bool gamma_is_wide;
+};
+
+struct RecordArguments {
+  Samples samples;  // newest is turned when all is read
+  Tokens x, p, y;
+  Window r, q;
+  EntrySums entry_sums;
+  bool first;
+};
+
+}  // namespace dicache

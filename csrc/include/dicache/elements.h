@@ -1,0 +1,155 @@
+// The operators' mathematics: what one element adds to the sums, and what the sums mean.
+//
+// CPU and GPU bodies compile these same lines, with V = float or double on the GPU and a SIMD vector
+// of them on the CPU, so what the CPU tests execute is what the GPU computes. No multiplication may
+// be fused with an addition (-ffp-contract=off, --fmad=false): then y and the recorded residuals
+// are bitwise equal in every backend and in the plain PyTorch reference.
+//
+// Before it includes this file, a body declares `V magnitude(V)`, the absolute value.
+#pragma once
+
+#include "dicache/arguments.h"
+
+#if defined(__CUDACC__)
+#define DICACHE_INLINE __host__ __device__ __forceinline__
+#else
+// No out-of-line copy may exist: the CPU body compiles this file for several instruction sets, and
+// the linker would keep one copy for all of them.
+#define DICACHE_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace dicache {
+
+// sum|p - p_prev|, sum|p_prev|, gamma's numerator; for delta_minus sum|x - x_prev|, sum|x_prev|.
+// With a = q - q_old and d = q_new - q_old, gamma's numerator is sum|a| or <a, d>.
+template <bool kLeastSquares, bool kWithInput>
+struct ProbeTerms {
+  static constexpr bool kReadsNew = kLeastSquares;
+  static constexpr int kSums = kWithInput ? 5 : 3;
+  static constexpr int kColumns = kWithInput ? 7 : 5;
+
+  template <class V>
+  static DICACHE_INLINE void add(V* sums, V x, V p, V p_prev, V x_prev, V q_old, V q_new) {
+    const V a = (p - x) - q_old;
+    sums[0] += magnitude(p - p_prev);
+    sums[1] += magnitude(p_prev);
+    if constexpr (kLeastSquares) {
+      sums[2] += a * (q_new - q_old);
+    } else {
+      sums[2] += magnitude(a);
+    }
+    if constexpr (kWithInput) {
+      sums[3] += magnitude(x - x_prev);
+      sums[4] += magnitude(x_prev);
+    }
+  }
+
+  template <class T>
+  static DICACHE_INLINE void columns(T* row, const T* sums, const T* entry_sums) {
+    row[0] = sums[0];
+    row[1] = sums[1];
+    row[2] = sums[2];
+    row[3] = entry_sums[kLeastSquares ? kDD : kAbsD];
+    row[4] = entry_sums[kAbsNew] + entry_sums[kAbsOld];
+    if constexpr (kWithInput) {
+      row[5] = sums[3];
+      row[6] = sums[4];
+    }
+  }
+};
+
+// <a, a>, <a, d>, <q, q>, <p, p>.
+struct AlignmentTerms {
+  static constexpr int kSums = 4;
+  static constexpr int kColumns = 6;
+
+  template <class V>
+  static DICACHE_INLINE void add(V* sums, V x, V p, V q_old, V q_new) {
+    const V q = p - x;
+    const V a = q - q_old;
+    sums[0] += a * a;
+    sums[1] += a * (q_new - q_old);
+    sums[2] += q * q;
+    sums[3] += p * p;
+  }
+
+  template <class T>
+  static DICACHE_INLINE void columns(T* row, const T* sums, const T* entry_sums) {
+    row[0] = sums[0];
+    row[1] = sums[1];
+    row[2] = sums[2];
+    row[3] = entry_sums[kDD];
+    row[4] = entry_sums[kAbsNew] + entry_sums[kAbsOld];
+    row[5] = sums[3];
+  }
+};
+
+// sum|d|, <d, d>, sum|r| of the entry that is being recorded, from the values as stored.
+struct RecordTerms {
+  static constexpr int kSums = 3;
+
+  template <class V>
+  static DICACHE_INLINE void add(V* sums, V q, V q_previous, V r) {
+    const V d = q - q_previous;
+    sums[0] += magnitude(d);
+    sums[1] += d * d;
+    sums[2] += magnitude(r);
+  }
+};
+
+template <class V>
+DICACHE_INLINE V combine(V x, V r_old, V r_new, V gamma) {
+  return (x + r_old) + gamma * (r_new - r_old);
+}
+
+template <class T>
+DICACHE_INLINE bool is_finite(T value) {
+  return value - value == T(0);  // infinity and NaN leave NaN
+}
+
+// A zero denominator gives 1 before the clip. What is not finite gives NaN, judged before the clip,
+// which would hide an infinity; `residual` = sum|r| stands for the residuals themselves.
+template <class T>
+DICACHE_INLINE T gamma_of(T top, T bottom, T residual, const Rule& rule) {
+  if (!is_finite(top) || !is_finite(bottom) || !is_finite(residual)) {
+    return (residual - residual) + (top - top) + (bottom - bottom);  // NaN
+  }
+  const T gamma = bottom == T(0) ? T(1) : top / bottom;
+  const T low = static_cast<T>(rule.low), high = static_cast<T>(rule.high);
+  return gamma < low ? low : (gamma > high ? high : gamma);
+}
+
+// (error, gamma) of one row of the probe statistics' sums.
+template <class T>
+DICACHE_INLINE void finish_probe(T* result, const T* row, int columns, const Rule& rule) {
+  T error = row[0] / row[1];
+  if (columns == 7) {
+    error = magnitude(error - row[5] / row[6]);
+  }
+  result[0] = error;
+  result[1] = gamma_of(row[2], row[3], row[4], rule);
+}
+
+DICACHE_INLINE float square_root(float value) { return sqrtf(value); }
+DICACHE_INLINE double square_root(double value) { return sqrt(value); }
+
+// (error, gamma) of one row of the alignment statistics' sums: the misfit that this gamma leaves.
+template <class T>
+DICACHE_INLINE void finish_alignment(T* result, const T* row, const Rule& rule) {
+  const T gamma = gamma_of(row[1], row[3], row[4], rule);
+  const T misfit = row[0] - T(2) * gamma * row[1] + gamma * gamma * row[3];
+  const T size = rule.relative_to_probe ? row[5] : row[2];
+  result[0] = square_root((misfit < T(0) ? T(0) : misfit) / size);  // NaN stays NaN
+  result[1] = gamma;
+}
+
+template <class T>
+DICACHE_INLINE void finish(T* result, const T* row, int columns, const Rule& rule) {
+  if (columns == AlignmentTerms::kColumns) {
+    finish_alignment(result, row, rule);
+  } else {
+    finish_probe(result, row, columns, rule);
+  }
+}
+
+}  // namespace dicache

@@ -1,0 +1,53 @@
+// How an operator is cut into pieces: grid, chunks, workspace. A function of the sizes and the device
+// alone, so that sums are added in the same order in every run.
+#pragma once
+
+#include <cstdint>
+
+namespace dicache {
+
+// One vector step of a GPU thread, and of the CPU body's lanes. In bf16 eight elements are one
+// 16-byte load.
+constexpr int kGpuVector = 8;
+constexpr int kGpuThreads = 256;
+// 4 x 256 threads leave 64 registers each, enough to keep two vectors of five streams in flight.
+constexpr int kBlocksPerMultiprocessor = 4;
+
+// Workspace of a launch that adds up: a ticket, then a row of partial sums a block.
+constexpr int64_t kWorkspaceHeaderBytes = 128;
+constexpr int64_t kWorkspaceBytesPerBlock = 64;
+
+// Elements that one CPU task adds up in fp32 lanes before it goes on in fp64.
+constexpr int64_t kCpuChunk = 8192;
+
+struct LaunchPlan {
+  int64_t blocks_per_sample;
+  int64_t blocks;
+  int threads;
+  int64_t workspace_bytes;
+};
+
+inline int64_t ceil_divide(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// Statistics and record: a resident grid whose blocks stride over one sample each. More samples
+// than resident blocks get one block each.
+inline LaunchPlan plan_reduction(int64_t batch, int64_t size, int multiprocessors) {
+  const int64_t resident = int64_t{kBlocksPerMultiprocessor} * multiprocessors;
+  const int64_t useful = ceil_divide(size, int64_t{kGpuThreads} * kGpuVector);
+  const int64_t share = batch > 0 ? resident / batch : 1;
+  const int64_t capped = useful < share ? useful : share;
+  const int64_t per_sample = capped > 1 ? capped : 1;
+  const int64_t blocks = per_sample * batch;
+  return {per_sample, blocks, kGpuThreads,
+          kWorkspaceHeaderBytes + kWorkspaceBytesPerBlock * blocks};
+}
+
+// Combine: a thread takes one vector and ends, so the grid is as large as the tensor.
+inline LaunchPlan plan_elementwise(int64_t batch, int64_t size) {
+  const int64_t per_sample = ceil_divide(size, int64_t{kGpuThreads} * kGpuVector);
+  return {per_sample, per_sample * batch, kGpuThreads, 0};
+}
+
+inline int64_t cpu_chunks(int64_t size) { return ceil_divide(size, kCpuChunk); }
+
+}  // namespace dicache

@@ -1,0 +1,163 @@
+// The operators for torch, once for every device: check, allocate the results, launch.
+//
+// `Backend` launches the bodies of one device; it is `Cpu` or `Cuda`. Schemas are defined in Python
+// (dicache/ops.py); the function signatures below follow them.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include "dicache/elements.h"
+#include "torch/checked.h"
+
+namespace dicache {
+
+inline Tensor empty_like_rows(const Tensor& x, int64_t rows, int64_t columns, bool is_wide) {
+  const std::array<int64_t, 2> shape{rows, columns};
+  return torch::stable::new_empty(x, shape, is_wide ? ScalarType::Double : ScalarType::Float);
+}
+
+inline bool is_wide(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* tensor : tensors) {
+    if (tensor->scalar_type() == ScalarType::Double) {
+      return true;
+    }
+  }
+  return false;
+}
+
+template <class Backend>
+struct Operators {
+  static std::tuple<Tensor, Tensor> probe_statistics(
+      Tensor x, Tensor p, Tensor p_prev, std::optional<Tensor> x_prev, Tensor probe_window,
+      Tensor newest, Tensor entry_sums, double low, double high, bool least_squares,
+      std::optional<Tensor> active, std::optional<Tensor> workspace) {
+    const Reader read(x);
+    const bool wide = is_wide({&x, &p});
+    ProbeArguments arguments{read.samples(newest, active, wide),
+                             read.tokens("x", x),
+                             read.tokens("p", p),
+                             read.tokens("p_prev", p_prev, p),
+                             read.tokens("x_prev", x_prev, x),
+                             read.window("probe_window", probe_window, p),
+                             read.entry_sums(entry_sums),
+                             rule_of(low, high, least_squares, false),
+                             nullptr,
+                             nullptr};
+    Tensor sums = empty_like_rows(x, read.batch(), x_prev ? 7 : 5, wide);
+    Tensor result = empty_like_rows(x, read.batch() + 1, 2, wide);
+    arguments.sums = sums.data_ptr();
+    arguments.result = result.data_ptr();
+    Backend(x, workspace).probe(arguments);
+    return {sums, result};
+  }
+
+  static std::tuple<Tensor, Tensor> alignment_statistics(
+      Tensor x, Tensor p, Tensor probe_window, Tensor newest, Tensor entry_sums, double low,
+      double high, bool relative_to_probe, std::optional<Tensor> active,
+      std::optional<Tensor> workspace) {
+    const Reader read(x);
+    const bool wide = is_wide({&x, &p});
+    AlignmentArguments arguments{read.samples(newest, active, wide),
+                                 read.tokens("x", x),
+                                 read.tokens("p", p),
+                                 read.window("probe_window", probe_window, p),
+                                 read.entry_sums(entry_sums),
+                                 rule_of(low, high, true, relative_to_probe),
+                                 nullptr,
+                                 nullptr};
+    Tensor sums = empty_like_rows(x, read.batch(), AlignmentTerms::kColumns, wide);
+    Tensor result = empty_like_rows(x, read.batch() + 1, 2, wide);
+    arguments.sums = sums.data_ptr();
+    arguments.result = result.data_ptr();
+    Backend(x, workspace).alignment(arguments);
+    return {sums, result};
+  }
+
+  static Tensor finish_probe_statistics(Tensor sums, double low, double high) {
+    return finish_statistics(sums, rule_of(low, high, false, false), {5, 7});
+  }
+
+  static Tensor finish_alignment_statistics(Tensor sums, double low, double high,
+                                            bool relative_to_probe) {
+    return finish_statistics(sums, rule_of(low, high, true, relative_to_probe), {6, 6});
+  }
+
+  static Tensor combine_residuals(Tensor x, Tensor residual_window, Tensor newest, Tensor gamma,
+                                  std::optional<Tensor> active) {
+    std::array<int64_t, 8> shape;
+    STD_TORCH_CHECK(x.dim() <= 8, "x has ", x.dim(), " dimensions. Expected at most 8.");
+    for (int64_t dim = 0; dim < x.dim(); ++dim) {
+      shape[dim] = x.size(dim);
+    }
+    const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape.data(), x.dim());
+    const ScalarType dtype = residual_window.scalar_type();
+    Tensor y = active ? torch::stable::new_zeros(x, sizes, dtype)
+                      : torch::stable::new_empty(x, sizes, dtype);
+    combine_residuals_out(x, residual_window, newest, gamma, active, y);
+    return y;
+  }
+
+  static void combine_residuals_out(Tensor x, Tensor residual_window, Tensor newest, Tensor gamma,
+                                    std::optional<Tensor> active, Tensor out) {
+    const Reader read(x);
+    const bool wide = is_wide({&x, &residual_window});
+    CombineArguments arguments{read.samples(newest, active, wide),
+                               read.tokens("x", x),
+                               read.tokens("out", out, residual_window),
+                               read.window("residual_window", residual_window),
+                               nullptr,
+                               0,
+                               false};
+    read.gamma(gamma, arguments);
+    Backend(x, std::nullopt).combine(arguments);
+  }
+
+  static void record_residuals(Tensor x, Tensor p, Tensor y, Tensor residual_window,
+                               Tensor probe_window, Tensor newest, Tensor entry_sums, bool first,
+                               std::optional<Tensor> active, std::optional<Tensor> workspace) {
+    const Reader read(x);
+    RecordArguments arguments{read.samples(newest, active, is_wide({&x, &p, &y})),
+                              read.tokens("x", x),
+                              read.tokens("p", p),
+                              read.tokens("y", y),
+                              read.window("residual_window", residual_window, y),
+                              read.window("probe_window", probe_window, p),
+                              read.entry_sums(entry_sums),
+                              first};
+    for (const Window& window : {arguments.r, arguments.q}) {
+      expect_parked("x", arguments.x, window, arguments.samples, x.element_size());
+      expect_parked("p", arguments.p, window, arguments.samples, p.element_size());
+      expect_parked("y", arguments.y, window, arguments.samples, y.element_size());
+    }
+    Backend(x, workspace).record(arguments);
+  }
+
+  static void register_all(torch::stable::detail::StableLibrary& library) {
+    library.impl("probe_statistics", TORCH_BOX(&probe_statistics));
+    library.impl("alignment_statistics", TORCH_BOX(&alignment_statistics));
+    library.impl("finish_probe_statistics", TORCH_BOX(&finish_probe_statistics));
+    library.impl("finish_alignment_statistics", TORCH_BOX(&finish_alignment_statistics));
+    library.impl("combine_residuals", TORCH_BOX(&combine_residuals));
+    library.impl("combine_residuals_out", TORCH_BOX(&combine_residuals_out));
+    library.impl("record_residuals", TORCH_BOX(&record_residuals));
+  }
+
+ private:
+  static Tensor finish_statistics(const Tensor& sums, const Rule& rule,
+                                  std::array<int64_t, 2> columns) {
+    STD_TORCH_CHECK(sums.dim() == 2 && is_dense(sums, 0) &&
+                        (sums.size(1) == columns[0] || sums.size(1) == columns[1]),
+                    "sums has shape ", shape_of(sums), " and strides ", shape_of(sums, true),
+                    ". Expected [B, ", columns[0], "]",
+                    columns[0] == columns[1] ? "" : " or [B, 7]", " and contiguous.");
+    const bool wide = Reader::is_wide_sum("sums", sums);
+    Tensor result = empty_like_rows(sums, sums.size(0) + 1, 2, wide);
+    Backend(sums, std::nullopt)
+        .finish({sums.size(0), static_cast<int>(sums.size(1)), wide, rule, sums.data_ptr(),
+                 result.data_ptr()});
+    return result;
+  }
+};
+
+}  // namespace dicache

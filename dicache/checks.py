@@ -1,0 +1,193 @@
+"""What every backend demands of an operator's arguments, and the errors that say so.
+
+The reference, the Triton launchers and the fakes that torch.compile traces call these functions;
+the compiled backends make the same checks in C++ (csrc/torch/arguments.h), where they cost less.
+All raise with what was given, what was expected and, where it helps, what to do. Nothing here reads
+a tensor's values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_probe_statistics(
+    x: Tensor,
+    p: Tensor,
+    p_prev: Tensor,
+    x_prev: Tensor | None,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    active: Tensor | None,
+) -> None:
+    """Arguments of `probe_statistics`."""
+    _check_statistics(x, p, probe_window, newest, entry_sums, low, high, active)
+    _check_like("p_prev", p_prev, x, p.dtype, "p's")
+    if x_prev is not None:
+        _check_like("x_prev", x_prev, x, x.dtype, "x's")
+
+
+def check_alignment_statistics(
+    x: Tensor,
+    p: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    active: Tensor | None,
+) -> None:
+    """Arguments of `alignment_statistics`."""
+    _check_statistics(x, p, probe_window, newest, entry_sums, low, high, active)
+
+
+def check_finish(sums: Tensor, low: float, high: float, columns: tuple[int, ...]) -> None:
+    """Arguments of `finish_probe_statistics` and `finish_alignment_statistics`."""
+    if sums.ndim != 2 or sums.shape[1] not in columns:
+        expected = " or ".join(f"[B, {count}]" for count in columns)
+        raise ValueError(f"sums has shape {list(sums.shape)}. Expected {expected}.")
+    _expect_dtype("sums", sums, (torch.float32, torch.float64), "float32 or float64")
+    _check_range(low, high)
+
+
+def check_combine(
+    x: Tensor,
+    residual_window: Tensor,
+    newest: Tensor,
+    gamma: Tensor,
+    active: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    """Arguments of `combine_residuals`."""
+    _check_tokens(x)
+    _check_window("residual_window", residual_window, x)
+    _check_per_sample(x, newest, active)
+    _expect_shape("gamma", gamma, x.shape[:1], "[B], one weight a sample")
+    _expect_dtype("gamma", gamma, (torch.float32, torch.float64), "float32 or float64")
+    _expect_device("gamma", gamma, x)
+    if out is not None:
+        _check_like("out", out, x, residual_window.dtype, "residual_window's")
+
+
+def check_record(
+    x: Tensor,
+    p: Tensor,
+    y: Tensor,
+    residual_window: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    active: Tensor | None,
+) -> None:
+    """Arguments of `record_residuals`."""
+    _check_tokens(x)
+    _check_like("p", p, x)
+    _check_like("y", y, x)
+    _check_window("residual_window", residual_window, x, y.dtype, "y's")
+    _check_window("probe_window", probe_window, x, p.dtype, "p's")
+    _check_per_sample(x, newest, active)
+    _check_entry_sums(entry_sums, x)
+
+
+def check_rows(**tensors: Tensor | None) -> None:
+    """Samples may lie anywhere, but the elements of one must be contiguous (the fast backends)."""
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.is_contiguous():
+            continue
+        rows = tensor.flatten(0, 1) if name.endswith("_window") else tensor
+        if not rows[:1].is_contiguous():
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)} and strides {list(tensor.stride())}. The "
+                f"elements of one sample must be contiguous; only the batch stride is free. Call "
+                f".contiguous(), or use backend='reference'."
+            )
+
+
+def _check_statistics(
+    x: Tensor,
+    p: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    active: Tensor | None,
+) -> None:
+    _check_tokens(x)
+    _check_like("p", p, x)
+    _check_window("probe_window", probe_window, x, p.dtype, "p's")
+    _check_per_sample(x, newest, active)
+    _check_entry_sums(entry_sums, x)
+    _check_range(low, high)
+
+
+def _check_tokens(x: Tensor) -> None:
+    if x.ndim == 0:
+        raise ValueError("x has no dimensions. Expected [B, ...], usually [B, S, D].")
+    _expect_dtype("x", x, FLOATING, "bfloat16, float16, float32 or float64")
+
+
+def _check_like(
+    name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype | None = None, whose: str = ""
+) -> None:
+    _expect_shape(name, tensor, x.shape, "x's shape")
+    _expect_device(name, tensor, x)
+    if dtype is None:
+        _expect_dtype(name, tensor, FLOATING, "bfloat16, float16, float32 or float64")
+    else:
+        _expect_dtype(name, tensor, (dtype,), f"{whose} dtype {dtype}")
+
+
+def _check_window(
+    name: str, window: Tensor, x: Tensor, dtype: torch.dtype | None = None, whose: str = ""
+) -> None:
+    _expect_shape(name, window, (2, *x.shape), "two entries of x's shape")
+    _expect_device(name, window, x)
+    if dtype is None:
+        _expect_dtype(name, window, FLOATING, "bfloat16, float16, float32 or float64")
+    else:
+        _expect_dtype(name, window, (dtype,), f"{whose} dtype {dtype}")
+
+
+def _check_per_sample(x: Tensor, newest: Tensor, active: Tensor | None) -> None:
+    _expect_shape("newest", newest, x.shape[:1], "[B]")
+    _expect_dtype("newest", newest, (torch.int32,), "int32")
+    _expect_device("newest", newest, x)
+    if active is not None:
+        _expect_shape("active", active, x.shape[:1], "[B]")
+        _expect_dtype("active", active, (torch.uint8,), "uint8")
+        _expect_device("active", active, x)
+
+
+def _check_entry_sums(entry_sums: Tensor, x: Tensor) -> None:
+    _expect_shape("entry_sums", entry_sums, (x.shape[0], 4), "[B, 4]")
+    _expect_dtype("entry_sums", entry_sums, (torch.float32, torch.float64), "float32 or float64")
+    _expect_device("entry_sums", entry_sums, x)
+
+
+def _check_range(low: float, high: float) -> None:
+    if not low <= high:  # also refuses NaN
+        raise ValueError(f"gamma is clipped to [{low}, {high}]. Expected low <= high.")
+
+
+def _expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}. Expected {list(shape)}: {meaning}."
+        )
+
+
+def _expect_dtype(name: str, tensor: Tensor, allowed: tuple, expected: str) -> None:
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{name} has dtype {tensor.dtype}. Expected {expected}.")
+
+
+def _expect_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device} and x on {x.device}. Expected one device.")

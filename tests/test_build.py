@@ -1,0 +1,131 @@
+"""What setup.py builds, and that a machine without it says so and works all the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dicache import ops
+
+ROOT = Path(__file__).parents[1]
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+built = pytest.mark.skipif(
+    os.environ.get("DICACHE_BUILD") == "0" or COMPILER is None,
+    reason="nothing is compiled here: DICACHE_BUILD=0 or no C++ compiler",
+)
+
+
+def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """setup.py in a copy of the sources, with this Python."""
+    for name in ("csrc", "dicache", "kernels"):
+        ignored = shutil.ignore_patterns("*.so", "models", "__pycache__")
+        if not (folder / name).exists():
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    clean = {key: value for key, value in os.environ.items() if key != "DICACHE_BUILD"}
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=folder,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@built
+def test_where_a_compiler_is_found_the_cpu_backend_is_there():
+    assert ops.backend_status()["cpp"] == "available"
+
+
+@built
+def test_the_operators_library_needs_no_python():
+    (library,) = (ROOT / "dicache").glob("_C.*so")
+    symbols = subprocess.run(["nm", "-D", "-u", library], capture_output=True, text=True)
+    if symbols.returncode != 0:
+        pytest.skip("no nm on this machine")
+    undefined = [line.split()[-1] for line in symbols.stdout.splitlines()]
+    assert not [name for name in undefined if name.startswith(("Py", "_Py"))]
+    # The stable ABI is a C interface: nothing of c10 or ATen in C++.
+    assert not [name for name in undefined if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch"))]
+    assert "aoti_torch_get_data_ptr" in undefined
+
+
+@built
+def test_build_facts_and_launch_plans():
+    from dicache._build_info import build_facts, launch_plan
+
+    facts = build_facts()
+    assert facts["torch_stable_abi"] == "2.11"
+    assert (facts["cuda"] is None) == (facts["cuda_architectures"] is None)
+    assert facts["instruction_set"] in ("baseline", "AVX2", "AVX-512")
+    plan = launch_plan("alignment_statistics", 1, 4096 * 3072, 132)
+    assert plan["launches"] == 1
+    assert plan["blocks"] == 4 * 132  # as many as are resident: 4 a multiprocessor
+    assert launch_plan("combine_residuals", 2, 2048 + 1, 132)["blocks"] == 2 * 2
+    with pytest.raises(ValueError, match="combine_residuals"):
+        launch_plan("combine", 1, 1, 1)
+
+
+@built
+@pytest.mark.parametrize("batch", [1, 3, 64, 700])
+@pytest.mark.parametrize("size", [1, 3072, 4096 * 3072])
+def test_a_workspace_is_large_enough_for_every_plan(batch, size, monkeypatch):
+    from dicache._build_info import launch_plan
+
+    x = torch.empty(batch, 1, device="meta")
+    for processors in (1, 78, 132, 148):
+        monkeypatch.setattr(ops, "_max_blocks", lambda device, count=processors: 4 * count)
+        available = ops.make_workspace(x).numel()
+        for name in ("probe_statistics", "alignment_statistics", "record_residuals"):
+            assert launch_plan(name, batch, size, processors)["workspace_bytes"] <= available
+
+
+def test_build_can_be_switched_off(tmp_path):
+    done = run_setup(tmp_path, "build_ext", "--inplace", DICACHE_BUILD="0")
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "dicache").glob("*.so"))
+
+
+def test_a_wrong_switch_is_an_error(tmp_path):
+    done = run_setup(tmp_path, "build_ext", DICACHE_BUILD="gpu")
+    assert done.returncode != 0
+    assert "DICACHE_BUILD='gpu'" in done.stderr and "cuda" in done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can build CUDA extensions")
+def test_what_is_asked_for_by_name_and_cannot_be_built_is_an_error(tmp_path):
+    done = run_setup(tmp_path, "build_ext", DICACHE_BUILD="cuda")
+    assert done.returncode != 0
+    assert "CUDA build of torch" in done.stderr
+
+
+def test_without_a_compiler_the_package_is_built_all_the_same(tmp_path):
+    missing = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    done = run_setup(tmp_path, "build_ext", "--inplace", **missing)
+    assert done.returncode == 0, done.stderr
+    assert "_C is not built" in done.stdout + done.stderr
+    done = run_setup(tmp_path, "build_ext", "--inplace", DICACHE_BUILD="cpu", **missing)
+    assert done.returncode != 0
+
+
+def test_without_compiled_modules_the_reference_runs_and_says_why(tmp_path):
+    run_setup(tmp_path, "--version", DICACHE_BUILD="0")  # copies the sources
+    program = (
+        "import torch; from dicache import ops; print(ops.backend_status());"
+        "x = torch.ones(1, 2, 3); w = torch.zeros(2, 1, 2, 3);"
+        "print(ops.combine_residuals(x, w, torch.zeros(1, dtype=torch.int32), torch.ones(1)).sum())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "DICACHE_BUILD=cpu" in done.stdout
+    assert "tensor(6.)" in done.stdout
