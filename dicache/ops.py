@@ -20,7 +20,6 @@ implement them.
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .workspace import interprets_triton, make_workspace
 
 __all__ = [
     "MEMORY_PASSES",
@@ -44,7 +44,7 @@ __all__ = [
     "resolve_backend",
 ]
 
-_SCHEMAS = (
+SCHEMAS = (
     "probe_statistics(Tensor x, Tensor p, Tensor(a!) p_prev, Tensor(b!)? x_prev, "
     "Tensor probe_window, Tensor newest, Tensor entry_sums, float low, float high, "
     "bool least_squares=False, Tensor? active=None, Tensor(c!)? workspace=None) "
@@ -63,7 +63,7 @@ _SCHEMAS = (
     "Tensor(b!) probe_window, Tensor(c!) newest, Tensor(d!) entry_sums, bool first, "
     "Tensor? active=None, Tensor(e!)? workspace=None) -> ()",
 )
-OPERATORS = tuple(schema.partition("(")[0] for schema in _SCHEMAS)
+OPERATORS = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
 # Tensors of the hidden states' size that one launch (reads, writes). delta_minus, least squares
 # and a first entry add to it, as the functions' docstrings say.
@@ -73,13 +73,6 @@ MEMORY_PASSES = {
     "combine_residuals": (3, 1),
     "record_residuals": (4, 2),
 }
-
-# A workspace holds a ticket, then for every block of a launch its partial sums: up to 8 of 8 bytes.
-# No body launches more blocks than `_max_blocks`.
-_WORKSPACE_HEADER_BYTES = 128
-_WORKSPACE_BYTES_PER_BLOCK = 64
-_BLOCKS_PER_MULTIPROCESSOR = 4
-_BLOCKS_ELSEWHERE = 512
 
 
 def probe_statistics(
@@ -210,23 +203,6 @@ def record_residuals(
     )
 
 
-def make_workspace(x: Tensor) -> Tensor:
-    """Scratch memory for the partial sums of statistics and record on tensors like x [B, ...].
-
-    One belongs to one stream at a time: launches that run side by side must not share it. Every
-    launch leaves it ready for the next one. Without a workspace the GPU backends allocate one in
-    each call and clear its counter, which is a second launch.
-
-    Returns:
-        uint8, zeroed, about 34 KB on an H200; empty on the CPU, which needs none.
-    """
-    if x.device.type == "cpu" and not _interprets_triton():
-        return torch.zeros(0, dtype=torch.uint8)
-    blocks = max(_max_blocks(x.device), x.shape[0])
-    num_bytes = _WORKSPACE_HEADER_BYTES + _WORKSPACE_BYTES_PER_BLOCK * blocks
-    return torch.zeros(num_bytes, dtype=torch.uint8, device=x.device)
-
-
 def backend_status() -> dict[str, str]:
     """For every backend name `"available"`, or the reason why it cannot run here."""
     status = {"reference": "available", "cpp": _load_error["_C"] or "available"}
@@ -270,26 +246,15 @@ def resolve_backend(name: str, device: torch.device | None = None) -> ModuleType
     return ops
 
 
-def _max_blocks(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _BLOCKS_ELSEWHERE
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return _BLOCKS_PER_MULTIPROCESSOR * processors
-
-
 def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
-
-
-def _interprets_triton() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _no_triton() -> str | None:
     """Why Triton cannot run here; `None` if it can. Does not import it."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    if torch.cuda.is_available() or torch.xpu.is_available() or _interprets_triton():
+    if torch.cuda.is_available() or torch.xpu.is_available() or interprets_triton():
         return None
     return "no GPU that Triton could run on (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
 
@@ -446,7 +411,7 @@ def _fake_record_residuals(
 
 _FAKES = {name: globals()[f"_fake_{name}"] for name in OPERATORS}
 _LIBRARY = torch.library.Library("dicache", "DEF")
-for _schema in _SCHEMAS:
+for _schema in SCHEMAS:
     _LIBRARY.define(_schema)
 _load_error = {extension: _load(extension) for extension in ("_C", "_C_cuda")}
 _register_python_bodies()

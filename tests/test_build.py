@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dicache import ops
+from dicache import ops, workspace
 
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -82,7 +82,7 @@ def test_a_workspace_is_large_enough_for_every_plan(batch, size, monkeypatch):
 
     x = torch.empty(batch, 1, device="meta")
     for processors in (1, 78, 132, 148):
-        monkeypatch.setattr(ops, "_max_blocks", lambda device, count=processors: 4 * count)
+        monkeypatch.setattr(workspace, "max_blocks", lambda device, count=processors: 4 * count)
         available = ops.make_workspace(x).numel()
         for name in ("probe_statistics", "alignment_statistics", "record_residuals"):
             assert launch_plan(name, batch, size, processors)["workspace_bytes"] <= available

@@ -1,8 +1,7 @@
-// Probe statistics of the verified alignment: one pass over x, p, q_old and q_new that adds up the
-// inner products and writes nothing; the last block solves for gamma and its misfit.
+// Probe statistics of the verified alignment: one pass over x, p and both window entries that adds up
+// the inner products and writes nothing; the last block solves for gamma and its misfit. Both entries
+// are read anyway, so no load waits for `newest`, which only chooses in registers.
 // dicache/reference.py has the formulas.
-#include <initializer_list>
-
 #include "cuda/launch.h"
 #include "cuda/reduction.cuh"
 
@@ -20,25 +19,27 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
     const int newer = arguments.samples.new_entry(part.sample);
     const Sample x = sample_of(arguments.x, part.sample);
     const Sample p = sample_of(arguments.p, part.sample);
-    const Sample q_old = sample_of(arguments.q, 1 - newer, part.sample);
-    const Sample q_new = sample_of(arguments.q, newer, part.sample);
+    const Sample q0 = sample_of(arguments.q, 0, part.sample);
+    const Sample q1 = sample_of(arguments.q, 1, part.sample);
     const auto load = [&](auto width, int64_t index) {
       constexpr int k = decltype(width)::value;
       struct {
-        typename Format::template Block<k> x, p, q_old, q_new;
+        typename Format::template Block<k> x, p, q0, q1;
       } loaded{Format::template load<k>(x, index), Format::template load<k>(p, index),
-               Format::template load<k>(q_old, index), Format::template load<k>(q_new, index)};
+               Format::template load<k>(q0, index), Format::template load<k>(q1, index)};
       return loaded;
     };
     const auto use = [&](auto width, int64_t, const auto& loaded) {
       constexpr int k = decltype(width)::value;
 #pragma unroll
       for (int i = 0; i < k; ++i) {
+        const T first = Format::value(loaded.q0, i), second = Format::value(loaded.q1, i);
         AlignmentTerms::add(sums, Format::value(loaded.x, i), Format::value(loaded.p, i),
-                            Format::value(loaded.q_old, i), Format::value(loaded.q_new, i));
+                            newer == 0 ? second : first, newer == 0 ? first : second);
       }
     };
-    walk<Format, Format::kAtOnce>(part, arguments.samples.size, are_aligned(x, p, q_old, q_new), load, use);
+    const bool aligned = are_aligned(x, p, q0, q1);
+    walk<Format, Format::kAtOnce>(part, arguments.samples.size, aligned, load, use);
   }
   if (publish(sums, workspace)) {
     conclude<AlignmentTerms, T>(arguments, workspace, blocks_per_sample);
@@ -48,13 +49,13 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
 }  // namespace
 
 cudaError_t launch_alignment(const AlignmentArguments& arguments, const Reduction& reduction) {
-  const auto& plan = reduction.plan;
-  return with_format(
-      arguments.samples.is_wide, {arguments.x.dtype, arguments.p.dtype}, [&](auto format) {
-        alignment_kernel<decltype(format)><<<plan.blocks, kGpuThreads, 0, reduction.stream>>>(
-            arguments, plan.blocks_per_sample, reduction.workspace);
-        return cudaGetLastError();
-      });
+  const LaunchPlan& plan = reduction.plan;
+  return with_format(arguments.samples.is_wide, {arguments.x.dtype, arguments.p.dtype},
+                     [&](auto format) {
+                       return launch(reduction.stream, plan.blocks, plan.threads,
+                                     alignment_kernel<decltype(format)>, arguments,
+                                     plan.blocks_per_sample, reduction.workspace);
+                     });
 }
 
 }  // namespace dicache::cuda

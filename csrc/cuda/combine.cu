@@ -1,15 +1,14 @@
 // Combine residuals: y = x + r_old + gamma (r_new - r_old), one pass, gamma read on the device.
 //
 // `finish` is here too: the tiny launch that turns sums, perhaps all-reduced ones, into (error, gamma).
-#include <initializer_list>
-
 #include "cuda/launch.h"
 #include "cuda/reduction.cuh"
 
 namespace dicache::cuda {
 namespace {
 
-// y may be x itself: a thread loads its elements before it stores them.
+// y may be x itself: a thread loads its elements before it stores them. No load waits for `newest` or
+// gamma: both entries are read anyway, and a block lives for one vector a thread only.
 template <class Format>
 __global__ void __launch_bounds__(kGpuThreads)
     combine_kernel(const __grid_constant__ CombineArguments arguments, int64_t blocks_per_sample) {
@@ -25,14 +24,14 @@ __global__ void __launch_bounds__(kGpuThreads)
                       : static_cast<T>(static_cast<const float*>(arguments.gamma)[weight]);
   const Sample x = sample_of(arguments.x, part.sample);
   const Sample y = sample_of(arguments.y, part.sample);
-  const Sample r_old = sample_of(arguments.r, 1 - newer, part.sample);
-  const Sample r_new = sample_of(arguments.r, newer, part.sample);
+  const Sample r0 = sample_of(arguments.r, 0, part.sample);
+  const Sample r1 = sample_of(arguments.r, 1, part.sample);
   const auto load = [&](auto width, int64_t index) {
     constexpr int k = decltype(width)::value;
     struct {
-      typename Format::template Block<k> x, r_old, r_new;
-    } loaded{Format::template load<k>(x, index), Format::template load<k>(r_old, index),
-             Format::template load<k>(r_new, index)};
+      typename Format::template Block<k> x, r0, r1;
+    } loaded{Format::template load<k>(x, index), Format::template load<k>(r0, index),
+             Format::template load<k>(r1, index)};
     return loaded;
   };
   const auto use = [&](auto width, int64_t index, const auto& loaded) {
@@ -40,12 +39,14 @@ __global__ void __launch_bounds__(kGpuThreads)
     T values[k];
 #pragma unroll
     for (int i = 0; i < k; ++i) {
-      values[i] = combine(Format::value(loaded.x, i), Format::value(loaded.r_old, i),
-                          Format::value(loaded.r_new, i), gamma);
+      const T first = Format::value(loaded.r0, i), second = Format::value(loaded.r1, i);
+      values[i] = combine(Format::value(loaded.x, i), newer == 0 ? second : first,
+                          newer == 0 ? first : second, gamma);
     }
     Format::round_and_store(y, index, values);
   };
-  walk<Format, 1>(part, arguments.samples.size, are_aligned(x, y, r_old, r_new), load, use);
+  const bool aligned = are_aligned(x, y, r0, r1);
+  walk<Format, 1>(part, arguments.samples.size, aligned, load, use);
 }
 
 // One thread: a few numbers a sample. kColumns is known so that the rows stay in registers.
@@ -67,14 +68,14 @@ __global__ void finish_kernel(FinishArguments arguments) {
 }
 
 template <class T>
-void launch_finish_of(const FinishArguments& arguments, cudaStream_t stream) {
+cudaError_t launch_finish_kernel(const FinishArguments& arguments, cudaStream_t stream) {
   switch (arguments.columns) {
     case 5:
-      return finish_kernel<T, 5><<<1, 1, 0, stream>>>(arguments);
+      return launch(stream, 1, 1, finish_kernel<T, 5>, arguments);
     case 6:
-      return finish_kernel<T, 6><<<1, 1, 0, stream>>>(arguments);
+      return launch(stream, 1, 1, finish_kernel<T, 6>, arguments);
     default:
-      return finish_kernel<T, 7><<<1, 1, 0, stream>>>(arguments);
+      return launch(stream, 1, 1, finish_kernel<T, 7>, arguments);
   }
 }
 
@@ -87,16 +88,15 @@ cudaError_t launch_combine(const CombineArguments& arguments, cudaStream_t strea
   }
   return with_format(arguments.samples.is_wide, {arguments.x.dtype, arguments.r.dtype},
                      [&](auto format) {
-                       combine_kernel<decltype(format)><<<plan.blocks, kGpuThreads, 0, stream>>>(
-                           arguments, plan.blocks_per_sample);
-                       return cudaGetLastError();
+                       return launch(stream, plan.blocks, plan.threads,
+                                     combine_kernel<decltype(format)>, arguments,
+                                     plan.blocks_per_sample);
                      });
 }
 
 cudaError_t launch_finish(const FinishArguments& arguments, cudaStream_t stream) {
-  arguments.is_wide ? launch_finish_of<double>(arguments, stream)
-                    : launch_finish_of<float>(arguments, stream);
-  return cudaGetLastError();
+  return arguments.is_wide ? launch_finish_kernel<double>(arguments, stream)
+                           : launch_finish_kernel<float>(arguments, stream);
 }
 
 }  // namespace dicache::cuda

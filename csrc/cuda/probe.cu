@@ -1,8 +1,6 @@
 // Probe statistics of the published rules: one pass over x, p, p_prev and q_old (and x_prev, q_new
 // where the rule asks) that adds up the L1 sums and stores p as the next step's p_prev; the last
 // block turns the sums into (error, gamma). dicache/reference.py has the formulas.
-#include <initializer_list>
-
 #include "cuda/launch.h"
 #include "cuda/reduction.cuh"
 
@@ -66,15 +64,14 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
 }
 
 template <bool kLeastSquares, bool kWithInput>
-cudaError_t launch(const ProbeArguments& arguments, const Reduction& reduction) {
-  const auto& plan = reduction.plan;
-  return with_format(
-      arguments.samples.is_wide, {arguments.x.dtype, arguments.p.dtype}, [&](auto format) {
-        probe_kernel<decltype(format), kLeastSquares, kWithInput>
-            <<<plan.blocks, kGpuThreads, 0, reduction.stream>>>(
-                arguments, plan.blocks_per_sample, reduction.workspace);
-        return cudaGetLastError();
-      });
+cudaError_t launch_kernel(const ProbeArguments& arguments, const Reduction& reduction) {
+  const LaunchPlan& plan = reduction.plan;
+  return with_format(arguments.samples.is_wide, {arguments.x.dtype, arguments.p.dtype},
+                     [&](auto format) {
+                       return launch(reduction.stream, plan.blocks, plan.threads,
+                                     probe_kernel<decltype(format), kLeastSquares, kWithInput>,
+                                     arguments, plan.blocks_per_sample, reduction.workspace);
+                     });
 }
 
 }  // namespace
@@ -82,11 +79,11 @@ cudaError_t launch(const ProbeArguments& arguments, const Reduction& reduction) 
 cudaError_t launch_probe(const ProbeArguments& arguments, const Reduction& reduction) {
   const bool with_input = arguments.x_prev.data != nullptr;
   if (arguments.rule.least_squares) {
-    return with_input ? launch<true, true>(arguments, reduction)
-                      : launch<true, false>(arguments, reduction);
+    return with_input ? launch_kernel<true, true>(arguments, reduction)
+                      : launch_kernel<true, false>(arguments, reduction);
   }
-  return with_input ? launch<false, true>(arguments, reduction)
-                    : launch<false, false>(arguments, reduction);
+  return with_input ? launch_kernel<false, true>(arguments, reduction)
+                    : launch_kernel<false, false>(arguments, reduction);
 }
 
 }  // namespace dicache::cuda

@@ -1,8 +1,6 @@
 // Record residuals: one pass over x, p, y and q_new that writes r = y - x and q = p - x over the older
 // window entry and adds up what the next step's gamma needs; the last block stores these sums and
 // turns `newest`. dicache/reference.py has the formulas.
-#include <initializer_list>
-
 #include "cuda/launch.h"
 #include "cuda/reduction.cuh"
 
@@ -101,22 +99,21 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
 }
 
 template <bool kFirst>
-cudaError_t launch(const RecordArguments& arguments, const Reduction& reduction) {
-  const auto& plan = reduction.plan;
+cudaError_t launch_kernel(const RecordArguments& arguments, const Reduction& reduction) {
+  const LaunchPlan& plan = reduction.plan;
   return with_format(arguments.samples.is_wide,
                      {arguments.x.dtype, arguments.p.dtype, arguments.y.dtype}, [&](auto format) {
-                       record_kernel<decltype(format), kFirst>
-                           <<<plan.blocks, kGpuThreads, 0, reduction.stream>>>(
-                               arguments, plan.blocks_per_sample, reduction.workspace);
-                       return cudaGetLastError();
+                       return launch(reduction.stream, plan.blocks, plan.threads,
+                                     record_kernel<decltype(format), kFirst>, arguments,
+                                     plan.blocks_per_sample, reduction.workspace);
                      });
 }
 
 }  // namespace
 
 cudaError_t launch_record(const RecordArguments& arguments, const Reduction& reduction) {
-  return arguments.first ? launch<true>(arguments, reduction)
-                         : launch<false>(arguments, reduction);
+  return arguments.first ? launch_kernel<true>(arguments, reduction)
+                         : launch_kernel<false>(arguments, reduction);
 }
 
 }  // namespace dicache::cuda

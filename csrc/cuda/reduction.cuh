@@ -7,7 +7,7 @@
 // launch finds it ready.
 #pragma once
 
-#include <cstdint>
+#include <initializer_list>
 
 #include "cuda/vector.cuh"
 
@@ -61,12 +61,7 @@ __device__ __forceinline__ bool publish(T (&sums)[kSums], void* workspace) {
     for (int sum = 0; sum < kSums; ++sum) {
       row[sum] = sums[sum];
     }
-    unsigned ticket;
-    asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                 : "=r"(ticket)
-                 : "l"(workspace), "r"(gridDim.x - 1)
-                 : "memory");
-    is_last = ticket == gridDim.x - 1;
+    is_last = take_ticket(workspace, gridDim.x - 1) == gridDim.x - 1;
   }
   __syncthreads();  // hands thread 0's acquire on to the other threads
   return is_last;

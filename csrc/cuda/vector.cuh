@@ -6,11 +6,7 @@
 // single elements too, and so are the last few elements of every other.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
+#include "cuda/device.cuh"
 
 namespace dicache {
 __device__ __forceinline__ float magnitude(float value) { return fabsf(value); }
@@ -110,7 +106,8 @@ struct Same {
     if constexpr (kWidth == 1) {
       *to = block.element[0];
     } else {
-      *reinterpret_cast<uint4*>(to) = __builtin_bit_cast(uint4, block);
+      // A plain store of the same sixteen bytes may be taken apart again, and was for fp64.
+      __stwb(reinterpret_cast<uint4*>(to), __builtin_bit_cast(uint4, block));
     }
   }
   template <int kWidth>
@@ -230,7 +227,9 @@ __device__ __forceinline__ void walk(const Part& part, int64_t size, bool aligne
       done = vectors * k;
     }
   }
+  // Unrolling this loop would cost the one above registers.
   const Width<1> single;
+#pragma unroll 1
   for (int64_t index = done + thread; index < size; index += stride) {
     use(single, index, load(single, index));
   }

@@ -35,7 +35,7 @@ struct Samples {
   const int32_t* newest;  // [B]
   const uint8_t* active;  // [B]
 
-  // A sample's older and newer window entry.
+  // The window entry that is the newer one of a sample.
 #if defined(__CUDACC__)
   __host__ __device__
 #endif
@@ -46,7 +46,7 @@ struct Samples {
   __host__ __device__
 #endif
   bool is_active(int64_t sample) const {
-    return active == nullptr || active[sample] != 0;
+    return sample < batch && (active == nullptr || active[sample] != 0);
   }
 };
 

@@ -37,7 +37,7 @@ inline LaunchPlan plan_reduction(int64_t batch, int64_t size, int multiprocessor
   const int64_t share = batch > 0 ? resident / batch : 1;
   const int64_t capped = useful < share ? useful : share;
   const int64_t per_sample = capped > 1 ? capped : 1;
-  const int64_t blocks = per_sample * batch;
+  const int64_t blocks = batch > 0 ? per_sample * batch : 1;  // someone has to write the result
   return {per_sample, blocks, kGpuThreads,
           kWorkspaceHeaderBytes + kWorkspaceBytesPerBlock * blocks};
 }

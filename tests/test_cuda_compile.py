@@ -1,0 +1,185 @@
+"""What nvcc makes of csrc/cuda, read in the machine code: no GPU is needed for that.
+
+Loads of sixteen bytes in the main loops, no spills, no local memory, no fused multiply-add where
+bits must equal the reference's, and one acquire-release ticket where a launch adds up.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = ("80", "90", "100")
+# Tensors that each kernel reads, and how many vectors of each are on their way at once (16 bits).
+READS = {"alignment": 4, "combine": 3, "probe": 4, "record": 3}
+REDUCTIONS = ("alignment", "probe", "record")
+
+
+def disassembler() -> str | None:
+    """cuobjdump, of the toolkit or inside the Triton package."""
+    triton = find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        inside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if inside.exists():
+            return str(inside)
+    return shutil.which("cuobjdump")
+
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("nvcc") is None or disassembler() is None, reason="no nvcc or no cuobjdump"
+)
+
+
+@dataclass
+class Kernel:
+    """One instantiation's machine code on one architecture."""
+
+    name: str
+    architecture: str
+    code: list[tuple[int, str]] = field(default_factory=list)  # address, instruction
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.search(pattern, instruction)) for _, instruction in self.code)
+
+    def loops(self) -> list[list[str]]:
+        """The instructions between a backward branch's target and the branch."""
+        found = []
+        for address, instruction in self.code:
+            branch = re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", instruction)
+            if branch and int(branch[1], 16) < address:
+                target = int(branch[1], 16)
+                found.append([text for at, text in self.code if target <= at <= address])
+        return found
+
+
+@functools.cache
+def compiled(name: str) -> tuple[tuple[Kernel, ...], str]:
+    """(kernels of csrc/cuda/<name>.cu on every architecture, what ptxas said)."""
+    folder = Path(_FOLDER)
+    command = ["nvcc", "-std=c++20", "-O3", "--fmad=false", "-DUSE_CUDA", "-Xptxas=-v", "-c"]
+    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", "--threads=2"]
+    target = folder / f"{name}.o"
+    done = subprocess.run(
+        [*command, str(ROOT / "csrc" / "cuda" / f"{name}.cu"), "-o", str(target)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return tuple(disassemble(target)), done.stderr
+
+
+def disassemble(target: Path) -> list[Kernel]:
+    tool = disassembler()
+    assert tool is not None
+    text = subprocess.run([tool, "--dump-sass", target], check=True, capture_output=True, text=True)
+    kernels: list[Kernel] = []
+    architecture = ""
+    for line in text.stdout.splitlines():
+        if found := re.search(r"arch = sm_(\d+)", line):
+            architecture = found[1]
+        elif found := re.search(r"Function : (\S+)", line):
+            kernels.append(Kernel(found[1], architecture))
+        elif found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
+            kernels[-1].code.append((int(found[1], 16), found[2]))
+    return kernels
+
+
+_FOLDER = ""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    global _FOLDER
+    _FOLDER = str(tmp_path_factory.mktemp("cubin"))
+
+
+def vectorised(kernel: Kernel) -> bool:
+    """Kernels for tensors of one dtype; `Mixed` reads single elements by design."""
+    return "4Same" in kernel.name
+
+
+@pytest.mark.parametrize("name", sorted(READS))
+def test_every_kernel_compiles_without_spills_and_local_memory(name: str) -> None:
+    kernels, said = compiled(name)
+    assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
+    assert not re.search(r"[1-9]\d* bytes (stack frame|spill)", said)
+    assert said.count("0 bytes spill stores") == len(kernels)
+    for kernel in kernels:
+        assert kernel.count(r"\b(LDL|STL)\b") == 0, kernel.name
+
+
+@pytest.mark.parametrize("name", sorted(READS))
+def test_main_loops_load_sixteen_bytes(name: str) -> None:
+    """A loop that loads vectors loads nothing narrower; sizes do not matter, the tail is apart."""
+    kernels, _ = compiled(name)
+    checked = [kernel for kernel in kernels if vectorised(kernel) and "finish" not in kernel.name]
+    assert checked
+    for kernel in checked:
+        wide = [loop for loop in kernel.loops() if any("LDG.E.128" in text for text in loop)]
+        assert wide, f"{kernel.name}: no loop with 16-byte loads"
+        smallest = min(wide, key=len)
+        loads = [text for text in smallest if re.search(r"\bLDG\.", text)]
+        assert len(loads) >= READS[name]
+        assert all("LDG.E.128" in text for text in loads), (kernel.name, loads)
+        stores = [text for text in smallest if re.search(r"\bSTG\.", text)]
+        assert all("STG.E.128" in text for text in stores), (kernel.name, stores)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_sixteen_bit_kernels_keep_two_vectors_of_every_tensor_on_their_way(name: str) -> None:
+    kernels, _ = compiled(name)
+    pairs = [k for k in kernels if "4SameI13__nv_bfloat16" in k.name or "4SameI6__half" in k.name]
+    pairs = [k for k in pairs if name != "probe" or "Lb1EEEvNS" not in k.name]  # delta_minus: one
+    assert pairs
+    for kernel in pairs:
+        most = max(sum("LDG.E.128" in text for text in loop) for loop in kernel.loops())
+        assert most >= 2 * READS[name], (kernel.name, most)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_a_launch_that_adds_up_takes_one_ticket_with_acquire_and_release(name: str) -> None:
+    kernels, _ = compiled(name)
+    for kernel in kernels:
+        assert kernel.count(r"\bATOMG?\..*INC.*STRONG\.GPU") == 1, kernel.name
+        # Release: a barrier of memory before the ticket. Acquire: stale L1 lines are dropped after.
+        order = [text for _, text in kernel.code if re.search(r"MEMBAR|ATOMG?\.|CCTL", text)]
+        kinds = ["T" if "ATOM" in text else text.split()[0][0] for text in order]
+        assert "MT" in "".join(k for k in kinds if k in "MT"), (kernel.name, order)
+        assert "C" in kinds[kinds.index("T") :], (kernel.name, order)
+        # No other atomics: sums are added in a fixed order.
+        assert kernel.count(r"\b(RED|ATOM)") == 1, kernel.name
+
+
+def test_combine_fuses_no_multiplication_with_an_addition() -> None:
+    kernels, _ = compiled("combine")
+    checked = [kernel for kernel in kernels if "combine_kernel" in kernel.name]
+    assert len(checked) == 6 * len(ARCHITECTURES)
+    for kernel in checked:
+        assert kernel.count(r"\b(FFMA|DFMA|HFMA2)\b(?!.*RZ, RZ)") == 0, kernel.name
+
+
+def test_the_host_side_compiles_against_this_torch() -> None:
+    """csrc/cuda/operators.cpp has no device code; it needs the CUDA headers beside nvcc."""
+    from torch.utils.cpp_extension import include_paths
+
+    listed = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    home = re.search(r"_HERE_=(\S+)", listed)
+    assert home is not None
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-fvisibility=hidden", "-DUSE_CUDA"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    folders = [ROOT / "csrc", ROOT / "csrc" / "include", *include_paths()]
+    folders.append(Path(home[1]).parent / "include")
+    command += [f"-I{folder}" for folder in folders]
+    source = ROOT / "csrc" / "cuda" / "operators.cpp"
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
