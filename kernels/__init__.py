@@ -1,6 +1,24 @@
-"""Triton bodies of the operators in `dicache.ops`, one operator per file. None is written yet.
+"""Triton bodies of the operators in `dicache.ops`: the signatures and rules of `dicache.reference`.
+
+Every function is one launch (beside allocations) and gives the same bits from run to run: the grid
+depends on sizes and device alone, and partial sums are added in an order fixed by their index.
+`combine_residuals` and the windows of `record_residuals` equal the reference bit by bit.
 
 Import it as `dicache.kernels`: the folder enters the package through the symlink `dicache/kernels`,
 and no top-level `kernels` is ever installed, because that name belongs to another project. Nothing
 imports this package before a Triton backend is chosen, so `import dicache` works without Triton.
 """
+
+from .alignment import alignment_statistics, finish_alignment_statistics
+from .combine import combine_residuals
+from .probe import finish_probe_statistics, probe_statistics
+from .record import record_residuals
+
+__all__ = [
+    "alignment_statistics",
+    "combine_residuals",
+    "finish_alignment_statistics",
+    "finish_probe_statistics",
+    "probe_statistics",
+    "record_residuals",
+]

@@ -1,0 +1,245 @@
+"""Probe statistics of the published rules: one pass that also stores p (and x) for the next step.
+
+A sample's programs take its blocks in turn. Each element is read and then overwritten by the same
+program, so p may be the buffer that it is stored to. Columns and rules: `dicache.reference`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import checks
+from . import launch
+from .memory import is_active, load, my_share, store
+from .reduction import (
+    add_partials,
+    clipped_gamma,
+    divide,
+    is_last,
+    load_column,
+    store_partial,
+)
+
+_ROWS = tl.constexpr(64)  # samples finished at once
+
+
+def probe_statistics(
+    x: Tensor,
+    p: Tensor,
+    p_prev: Tensor,
+    x_prev: Tensor | None,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    least_squares: bool = False,
+    active: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Error and gamma of the published rules; also stores p (and x) for the next step.
+
+        delta_y = sum|p - p_prev| / sum|p_prev|        error = delta_y, or |delta_y - delta_x|
+        gamma   = clip(sum|a| / sum|d|, low, high),    a = q - q_old,   d = q_new - q_old
+
+    or, with `least_squares`, gamma = clip(<a, d> / <d, d>, low, high). Arguments, returns and
+    errors: `dicache.reference.probe_statistics`; rows must be contiguous.
+    """
+    checks.check_probe_statistics(
+        x, p, p_prev, x_prev, probe_window, newest, entry_sums, low, high, active
+    )
+    checks.check_rows(x=x, p=p, p_prev=p_prev, x_prev=x_prev, probe_window=probe_window)
+    launch.check_contiguous(newest=newest, entry_sums=entry_sums, active=active)
+    accumulator = launch.wide(x, p)
+    plan = launch.plan(x, p, resident=3 if x_prev is None else 2)
+    columns = 5 if x_prev is None else 7
+    sums = x.new_empty((plan.batch, columns), dtype=launch.torch_dtype(accumulator))
+    if plan.batch == 0:
+        return sums, finish_probe_statistics(sums, low, high)
+    result = sums.new_empty((plan.batch + 1, 2))
+    with launch.device_of(x):
+        _probe_kernel[plan.grid](
+            x, p, p_prev, x_prev, probe_window, newest, entry_sums, active,
+            launch.take_workspace(workspace, x, plan), sums, result,
+            low, high, plan.batch, plan.size, plan.programs_per_sample,
+            launch.batch_stride(x), launch.batch_stride(p), launch.batch_stride(p_prev),
+            launch.batch_stride(x_prev), *launch.window_strides(probe_window),
+            LEAST_SQUARES=least_squares, COLUMNS=columns, ACC=accumulator, BLOCK=plan.block,
+            **launch.OPTIONS,
+        )  # fmt: skip
+    return sums, result
+
+
+def finish_probe_statistics(sums: Tensor, low: float, high: float) -> Tensor:
+    """(error, gamma) [B + 1, 2] from the sums of `probe_statistics`, after an all-reduce if any."""
+    checks.check_finish(sums, low, high, columns=(5, 7))
+    result = sums.new_empty((sums.shape[0] + 1, 2))
+    with launch.device_of(sums):
+        _finish_probe_kernel[(1,)](
+            sums.contiguous(),
+            result,
+            low,
+            high,
+            sums.shape[0],
+            COLUMNS=sums.shape[1],
+            **launch.OPTIONS,
+        )
+    return result
+
+
+@triton.jit(do_not_specialize=["batch", "size", "per_sample"])
+def _probe_kernel(
+    x,
+    p,
+    p_prev,
+    x_prev,
+    window,
+    newest,
+    entry_sums,
+    active,
+    workspace,
+    sums,
+    result,
+    low: tl.float64,
+    high: tl.float64,
+    batch,
+    size,
+    per_sample,
+    x_stride,
+    p_stride,
+    p_prev_stride,
+    x_prev_stride,
+    entry_stride,
+    window_stride,
+    LEAST_SQUARES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample, index, blocks, rest = my_share(per_sample, size, BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    x += sample * x_stride
+    p += sample * p_stride
+    p_prev += sample * p_prev_stride
+    if x_prev is not None:
+        x_prev += sample * x_prev_stride
+    new_entry = tl.load(newest + sample).to(tl.int64)
+    q_new = window + sample * window_stride + new_entry * entry_stride
+    q_old = window + sample * window_stride + (1 - new_entry) * entry_stride
+    works = is_active(active, sample)
+
+    p_moved = tl.zeros([BLOCK], ACC)
+    p_size = tl.zeros([BLOCK], ACC)
+    top = tl.zeros([BLOCK], ACC)
+    x_moved = tl.zeros([BLOCK], ACC)
+    x_size = tl.zeros([BLOCK], ACC)
+    # The partial block comes first: its masked loads need the most registers, and no sums are held
+    # yet.
+    if works & (rest > 0) & (index == blocks % per_sample):
+        p_moved, p_size, top, x_moved, x_size = _add_block(
+            x, p, p_prev, x_prev, q_old, q_new, blocks * BLOCK, lanes, lanes < rest,
+            p_moved, p_size, top, x_moved, x_size, LEAST_SQUARES, ACC,
+        )  # fmt: skip
+    for block in range(index, tl.where(works, blocks, 0), per_sample):
+        p_moved, p_size, top, x_moved, x_size = _add_block(
+            x, p, p_prev, x_prev, q_old, q_new, block * BLOCK, lanes, None,
+            p_moved, p_size, top, x_moved, x_size, LEAST_SQUARES, ACC,
+        )  # fmt: skip
+
+    # What record left for this sample enters the sums once, through the sample's first program.
+    first = works & (index == 0)
+    row = entry_sums + sample * 4
+    bottom = tl.load(row + (1 if LEAST_SQUARES else 0))
+    residual = tl.load(row + 2) + tl.load(row + 3)
+    store_partial(workspace, 0, tl.sum(p_moved))
+    store_partial(workspace, 1, tl.sum(p_size))
+    store_partial(workspace, 2, tl.sum(top))
+    store_partial(workspace, 3, tl.where(first, bottom.to(ACC), 0.0))
+    store_partial(workspace, 4, tl.where(first, residual.to(ACC), 0.0))
+    if x_prev is not None:
+        store_partial(workspace, 5, tl.sum(x_moved))
+        store_partial(workspace, 6, tl.sum(x_size))
+    if is_last(workspace):
+        add_partials(workspace, sums, None, batch, per_sample, COLUMNS, ACC)
+        tl.debug_barrier()  # every thread reads rows below that others have stored
+        _finish_rows(sums, result, low, high, batch, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _finish_probe_kernel(
+    sums, result, low: tl.float64, high: tl.float64, batch, COLUMNS: tl.constexpr
+):
+    _finish_rows(sums, result, low, high, batch, COLUMNS)
+
+
+@triton.jit
+def _add_block(
+    x,
+    p,
+    p_prev,
+    x_prev,
+    q_old,
+    q_new,
+    start,
+    lanes,
+    mask,
+    p_moved,
+    p_size,
+    top,
+    x_moved,
+    x_size,
+    LEAST_SQUARES: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The five sums with one more block of a sample, whose p (and x) is stored."""
+    x_value = load(x + start + lanes, mask, ACC)
+    if x_prev is not None:
+        x_before = load(x_prev + start + lanes, mask, ACC)
+        x_moved += tl.abs(x_value - x_before)
+        x_size += tl.abs(x_before)
+    p_value = load(p + start + lanes, mask, ACC)
+    old = load(q_old + start + lanes, mask, ACC)
+    a = (p_value - x_value) - old
+    if LEAST_SQUARES:
+        top += a * (load(q_new + start + lanes, mask, ACC) - old)
+    else:
+        top += tl.abs(a)
+    p_before = load(p_prev + start + lanes, mask, ACC)
+    p_moved += tl.abs(p_value - p_before)
+    p_size += tl.abs(p_before)
+    if x_prev is not None:
+        store(x_prev + start + lanes, x_value, mask)
+    store(p_prev + start + lanes, p_value, mask)
+    return p_moved, p_size, top, x_moved, x_size
+
+
+@triton.jit
+def _finish_rows(sums, result, low, high, batch, COLUMNS: tl.constexpr):
+    """result [B + 1, 2] = (error, gamma) from sums [B, COLUMNS]; row B is of the summed sums."""
+    zero = tl.zeros([], sums.dtype.element_ty)
+    total0, total1, total2, total3, total4, total5, total6 = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
+    for start in range(0, batch + 1, _ROWS):
+        rows = start + tl.arange(0, _ROWS).to(tl.int64)
+        p_moved, total0 = load_column(sums, 0, rows, batch, total0, COLUMNS)
+        p_size, total1 = load_column(sums, 1, rows, batch, total1, COLUMNS)
+        top, total2 = load_column(sums, 2, rows, batch, total2, COLUMNS)
+        bottom, total3 = load_column(sums, 3, rows, batch, total3, COLUMNS)
+        residual, total4 = load_column(sums, 4, rows, batch, total4, COLUMNS)
+        error = divide(p_moved, p_size)
+        if COLUMNS == 7:
+            x_moved, total5 = load_column(sums, 5, rows, batch, total5, COLUMNS)
+            x_size, total6 = load_column(sums, 6, rows, batch, total6, COLUMNS)
+            error = tl.abs(error - divide(x_moved, x_size))
+        gamma = clipped_gamma(top, bottom, residual, low, high)
+        tl.store(result + 2 * rows, error, mask=rows <= batch)
+        tl.store(result + 2 * rows + 1, gamma, mask=rows <= batch)

@@ -1,0 +1,277 @@
+"""What the Triton compiler makes of the kernels, for three GPU generations and without any GPU.
+
+The launchers run on CPU tensors with a recorder in the kernel's place; what they would launch is
+compiled, and PTX and SASS are read: 16-byte accesses, no local memory, a publishing ticket, no
+fused multiply-add. Kernels are compiled as the launch would specialize them, so a lost alignment
+hint or an extra specialized argument shows here.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from dicache.kernels import alignment, combine, launch, probe, record  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+pytestmark = [
+    pytest.mark.skipif(
+        not isinstance(combine._combine_kernel, JITFunction),
+        reason="TRITON_INTERPRET is set: there is nothing to compile",
+    ),
+    pytest.mark.skipif(
+        not all((TOOLS / tool).exists() for tool in ("ptxas", "cuobjdump", "nvdisasm")),
+        reason="this Triton carries no compiler for NVIDIA",
+    ),
+]
+
+CAPABILITIES = (80, 90, 100)
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+# (x, p, y): what the paper's models have, plain ones, and a mixture with wider hidden states.
+DTYPES = {
+    "bf16": (BF16, BF16, BF16),
+    "fp16": (FP16, FP16, FP16),
+    "fp32": (FP32, FP32, FP32),
+    "mixed": (FP32, BF16, BF16),
+    "fp64": (FP64, FP64, FP64),
+}
+TYPE_NAMES = {
+    BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64",
+    torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of its one launch."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return self.launch
+
+    def launch(self, *args, **kwargs):
+        self.options = {key: kwargs.pop(key) for key in launch.OPTIONS}
+        self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+
+    def source(self):
+        """The arguments as Triton's launch specializes them: value 1, and multiples of 16."""
+        signature, constants, hints = {}, {}, {}
+        for position, param in enumerate(self.kernel.params):
+            value = self.arguments[param.name]
+            constant = param.is_constexpr or value is None
+            fixed = constant or param.do_not_specialize or isinstance(value, float)
+            if constant or (not fixed and not torch.is_tensor(value) and value == 1):
+                signature[param.name] = "constexpr"
+                constants[(position,)] = value
+                continue
+            signature[param.name] = type_name(param, value)
+            address = value.data_ptr() if torch.is_tensor(value) else value
+            if not fixed and address % 16 == 0:
+                hints[(position,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, hints)
+
+
+def type_name(param, value):
+    if torch.is_tensor(value):
+        return "*" + TYPE_NAMES[value.dtype]
+    if isinstance(value, float):
+        return param.annotation_type or "fp32"
+    return "i64" if value >= 2**31 else "i32"
+
+
+class Compiled:
+    """PTX, SASS and resources of one kernel."""
+
+    def __init__(self, recorder, capability, folder):
+        target = GPUTarget("cuda", capability, 32)
+        self.module = triton.compile(recorder.source(), target=target, options=recorder.options)
+        self.ptx = self.module.asm["ptx"]
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(self.module.asm["cubin"])
+        usage = run_tool("cuobjdump", "-res-usage", cubin)
+        self.registers, self.stack, self.local = (
+            int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")
+        )
+        self.sass = run_tool("nvdisasm", "-c", cubin)
+
+
+def run_tool(name, *args):
+    return subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
+
+
+def make_tensors(dtypes, batch=2, size=3 * 2048 + 37, row=3 * 2048 + 48, offset=0):
+    """Tensors [B, size] in rows of `row` elements, `offset` elements behind an aligned address."""
+
+    def draw(dtype, *lead):
+        rows = torch.zeros(*lead, batch, row + offset, dtype=dtype)
+        return rows[..., offset : offset + size]
+
+    x, p, y = (draw(dtype) for dtype in dtypes)
+    return {
+        "x": x, "p": p, "y": y, "p_prev": draw(p.dtype), "x_prev": draw(x.dtype),
+        "probe_window": draw(p.dtype, 2), "residual_window": draw(y.dtype, 2),
+        "newest": torch.zeros(batch, dtype=torch.int32),
+        "entry_sums": torch.zeros(batch, 4, dtype=FP64 if FP64 in dtypes else FP32),
+        "gamma": torch.ones(1).expand(batch),
+    }  # fmt: skip
+
+
+def call_probe(tensors, x_prev=None, least_squares=False):
+    names = ("x", "p", "p_prev", "probe_window", "newest", "entry_sums")
+    x, p, p_prev, *others = (tensors[name] for name in names)
+    probe.probe_statistics(x, p, p_prev, x_prev, *others, 1.0, 1.5, least_squares)
+
+
+def call_alignment(tensors):
+    names = ("x", "p", "probe_window", "newest", "entry_sums")
+    alignment.alignment_statistics(*(tensors[name] for name in names), 1.0, 1.5)
+
+
+def call_combine(tensors):
+    names = ("x", "residual_window", "newest", "gamma")
+    # Over x where its dtype allows it, so that the output has x's layout.
+    out = tensors["x"] if tensors["x"].dtype == tensors["y"].dtype else None
+    combine.combine_residuals(*(tensors[name] for name in names), out=out)
+
+
+def call_record(tensors, first=False):
+    names = ("x", "p", "y", "residual_window", "probe_window", "newest", "entry_sums")
+    record.record_residuals(*(tensors[name] for name in names), first)
+
+
+# name: (module, kernel, call, tensors that a block loads, tensors that it stores). x, p and y stand
+# for every tensor of their dtype.
+KERNELS = {
+    "delta_y": (probe, "_probe_kernel", call_probe, "xppp", "p"),
+    "delta_minus": (
+        probe, "_probe_kernel", lambda t: call_probe(t, x_prev=t["x_prev"]), "xxppp", "xp",
+    ),
+    "delta_y least squares": (
+        probe, "_probe_kernel", lambda t: call_probe(t, least_squares=True), "xpppp", "p",
+    ),
+    "alignment": (alignment, "_alignment_kernel", call_alignment, "xppp", ""),
+    "combine": (combine, "_combine_kernel", call_combine, "xyy", "y"),
+    "record": (record, "_record_kernel", call_record, "xppy", "py"),
+    "record first": (
+        record, "_record_kernel", lambda t: call_record(t, first=True), "xpy", "ppyy",
+    ),
+}  # fmt: skip
+SUMMING = [name for name in KERNELS if name != "combine"]
+# Everything on one generation; on the other two the models' dtype, and the widest registers.
+CASES = [(name, dtypes, 90) for name in KERNELS for dtypes in DTYPES if dtypes != "fp64"]
+CASES += [("alignment", "fp64", 90), ("combine", "fp64", 90)]
+CASES += [(name, "bf16", capability) for name in KERNELS for capability in (80, 100)]
+CASES += [
+    (name, "fp32", capability) for name in ("alignment", "record") for capability in (80, 100)
+]
+
+
+class Compiler:
+    """Compiles each kernel once for all tests of this file."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.done = {}
+
+    def __call__(self, name, dtypes, capability, **layout):
+        key = (name, dtypes, capability, *layout.items())
+        if key not in self.done:
+            self.done[key] = self.compile(KERNELS[name], DTYPES[dtypes], capability, layout)
+        return self.done[key]
+
+    def compile(self, kernel, dtypes, capability, layout):
+        module, kernel_name, call, *_ = kernel
+        recorder = Recorder(getattr(module, kernel_name))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_CACHE_DIR", str(self.folder / "cache"))
+            patch.setattr(module, kernel_name, recorder)
+            call(make_tensors(dtypes, **layout))
+            return Compiled(recorder, capability, self.folder)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return Compiler(tmp_path_factory.mktemp("triton"))
+
+
+def vectors(tensors, dtypes):
+    """16-byte accesses a thread for one block of the named tensors."""
+    types = dict(zip("xpy", DTYPES[dtypes], strict=True))
+    elements = 4 if FP64 in types.values() else 8
+    return sum(elements * types[tensor].itemsize // 16 for tensor in tensors)
+
+
+def wide_accesses(code, instruction):
+    return len(re.findall(rf"\b{instruction}\.global\S*\.(?:v4\.b32|v2\.b64) ", code))
+
+
+@pytest.mark.parametrize(("name", "dtypes", "capability"), CASES)
+def test_blocks_are_loaded_and_stored_16_bytes_at_a_time(compiled, name, dtypes, capability):
+    """Exactly the main loop's accesses, for a size that is no multiple of 16 and two samples."""
+    *_, loads, stores = KERNELS[name]
+    kernel = compiled(name, dtypes, capability)
+    if name == "combine" and dtypes == "mixed":
+        stores = ""  # its new output [2, size] has rows at odd addresses
+    assert wide_accesses(kernel.ptx, "ld") == vectors(loads, dtypes)
+    assert wide_accesses(kernel.ptx, "st") == vectors(stores, dtypes)
+    assert len(re.findall(r"\bLDG\.E\.\S*128\b", kernel.sass)) == vectors(loads, dtypes)
+
+
+@pytest.mark.parametrize(("name", "dtypes", "capability"), CASES)
+def test_registers_suffice(compiled, name, dtypes, capability):
+    """No spill, and as many programs fit on a multiprocessor as the launch plan expects."""
+    kernel = compiled(name, dtypes, capability)
+    assert (kernel.stack, kernel.local) == (0, 0)
+    assert not re.search(r"\b(STL|LDL)\b", kernel.sass)
+    resident = 2 if name == "delta_minus" else 3
+    registers = -(-kernel.registers // 8) * 8  # allocated by eights, from 65536
+    assert resident * 32 * launch.NUM_WARPS * registers <= 65536
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", SUMMING)
+def test_ticket_publishes_the_partial_sums(compiled, name, capability):
+    """All stores, barrier, ticket, barrier, and only then loads, which pass by the first cache."""
+    ptx = compiled(name, "bf16", capability).ptx
+    ticket = re.search(r"atom\.global\.(gpu\.acq_rel|acq_rel\.gpu)\.add\.\w+", ptx)
+    assert ticket, "no ticket with acquire and release for the whole device"
+    before, after = ptx[: ticket.start()], ptx[ticket.end() :]
+    assert "bar.sync" in before[before.rindex("st.global") :]
+    partials = [load.start() for load in re.finditer(r"ld\.global\.cg\.b32", after)]
+    assert partials
+    assert "bar.sync" in after[: partials[0]]
+    assert not re.search(r"ld\.global\.cg", before)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_combine_fuses_no_multiply_add(compiled, dtypes):
+    """The reference rounds the product before it adds it."""
+    kernel = compiled("combine", dtypes, 90)
+    assert not re.search(r"\bfma\.", kernel.ptx)
+    assert not re.search(r"\b(FFMA|DFMA)\b", kernel.sass)
+
+
+@pytest.mark.parametrize("name", ["delta_minus", "alignment", "combine", "record"])
+@pytest.mark.parametrize("layout", [{"offset": 1}, {"row": 3 * 2048 + 37}], ids=["start", "rows"])
+def test_unaligned_tensors_are_not_taken_for_aligned(compiled, name, layout):
+    """A 16-byte access at another address faults."""
+    kernel = compiled(name, "bf16", 90, **layout)
+    assert wide_accesses(kernel.ptx, "ld") == wide_accesses(kernel.ptx, "st") == 0
+
+
+def test_one_sample_of_odd_size_is_aligned(compiled):
+    """Only the second window entry starts at an odd address then: x, one entry and y do not."""
+    kernel = compiled("combine", "bf16", 90, batch=1, row=3 * 2048 + 37)
+    assert wide_accesses(kernel.ptx, "ld") == 2
+    assert wide_accesses(kernel.ptx, "st") == 1
