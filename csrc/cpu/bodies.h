@@ -214,7 +214,11 @@ void combine_body(const CombineArguments& arguments, int64_t begin, int64_t end)
   using V = typename Format::V;
   for (int64_t index = begin; index < end; ++index) {
     const auto [sample, first, size] = task_of(arguments.samples, index);
+    const Place y = place_of(arguments.y, sample, first);
     if (!arguments.samples.is_active(sample)) {
+      if (arguments.fills) {
+        std::memset(y.data, 0, size * bytes_of(y.dtype));
+      }
       continue;
     }
     const int newer = arguments.samples.new_entry(sample);
@@ -222,9 +226,8 @@ void combine_body(const CombineArguments& arguments, int64_t begin, int64_t end)
     const double gamma = arguments.gamma_is_wide
                              ? static_cast<const double*>(arguments.gamma)[weight]
                              : static_cast<const float*>(arguments.gamma)[weight];
-    const V gammas = V{} + static_cast<decltype(V{}[0] + 0)>(gamma);
+    const V gammas = Convert<V>::from(F64{} + gamma);
     const Place x = place_of(arguments.x, sample, first);
-    const Place y = place_of(arguments.y, sample, first);
     const Place r_old = place_of(arguments.r, 1 - newer, sample, first);
     const Place r_new = place_of(arguments.r, newer, sample, first);
     for_each_vector(size, [&](int64_t at, int count) __attribute__((always_inline)) {

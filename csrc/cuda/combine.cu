@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(kGpuThreads)
     combine_kernel(const __grid_constant__ CombineArguments arguments, int64_t blocks_per_sample) {
   using T = typename Format::T;
   const Part part = part_of(blocks_per_sample);
-  if (!arguments.samples.is_active(part.sample)) {
+  const bool is_active = arguments.samples.is_active(part.sample);
+  if (!is_active && !arguments.fills) {
     return;
   }
   const int newer = arguments.samples.new_entry(part.sample);
@@ -40,8 +41,9 @@ __global__ void __launch_bounds__(kGpuThreads)
 #pragma unroll
     for (int i = 0; i < k; ++i) {
       const T first = Format::value(loaded.r0, i), second = Format::value(loaded.r1, i);
-      values[i] = combine(Format::value(loaded.x, i), newer == 0 ? second : first,
-                          newer == 0 ? first : second, gamma);
+      const T sum = combine(Format::value(loaded.x, i), newer == 0 ? second : first,
+                            newer == 0 ? first : second, gamma);
+      values[i] = is_active ? sum : T(0);
     }
     Format::round_and_store(y, index, values);
   };

@@ -91,26 +91,14 @@ struct Operators {
       shape[dim] = x.size(dim);
     }
     const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape.data(), x.dim());
-    const ScalarType dtype = residual_window.scalar_type();
-    Tensor y = active ? torch::stable::new_zeros(x, sizes, dtype)
-                      : torch::stable::new_empty(x, sizes, dtype);
-    combine_residuals_out(x, residual_window, newest, gamma, active, y);
+    Tensor y = torch::stable::new_empty(x, sizes, residual_window.scalar_type());
+    combine_into(x, residual_window, newest, gamma, active, y, true);
     return y;
   }
 
   static void combine_residuals_out(Tensor x, Tensor residual_window, Tensor newest, Tensor gamma,
                                     std::optional<Tensor> active, Tensor out) {
-    const Reader read(x);
-    const bool wide = is_wide({&x, &residual_window});
-    CombineArguments arguments{read.samples(newest, active, wide),
-                               read.tokens("x", x),
-                               read.tokens("out", out, residual_window),
-                               read.window("residual_window", residual_window),
-                               nullptr,
-                               0,
-                               false};
-    read.gamma(gamma, arguments);
-    Backend(x, std::nullopt).combine(arguments);
+    combine_into(x, residual_window, newest, gamma, active, out, false);
   }
 
   static void record_residuals(Tensor x, Tensor p, Tensor y, Tensor residual_window,
@@ -144,6 +132,23 @@ struct Operators {
   }
 
  private:
+  static void combine_into(const Tensor& x, const Tensor& residual_window, const Tensor& newest,
+                           const Tensor& gamma, const std::optional<Tensor>& active,
+                           const Tensor& out, bool fills) {
+    const Reader read(x);
+    const bool wide = is_wide({&x, &residual_window});
+    CombineArguments arguments{read.samples(newest, active, wide),
+                               read.tokens("x", x),
+                               read.tokens("out", out, residual_window),
+                               read.window("residual_window", residual_window),
+                               nullptr,
+                               0,
+                               false,
+                               fills};
+    read.gamma(gamma, arguments);
+    Backend(x, std::nullopt).combine(arguments);
+  }
+
   static Tensor finish_statistics(const Tensor& sums, const Rule& rule,
                                   std::array<int64_t, 2> columns) {
     STD_TORCH_CHECK(sums.dim() == 2 && is_dense(sums, 0) &&

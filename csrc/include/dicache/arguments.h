@@ -100,6 +100,7 @@ struct CombineArguments {
   const void* gamma;
   int64_t gamma_stride;
   bool gamma_is_wide;
+  bool fills;  // y is a new tensor: inactive samples become zero instead of staying as they are
 };
 
 struct RecordArguments {
