@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from operator_cases import SENTINEL, Case, Layout, cases
 from torch import Tensor
 
-from dicache import ops, reference
+from dicache import DiCacheConfig, DiCacheSession, ops, reference
 
 # The longest chain of fp32 additions: 8192 / 16 lanes on the CPU. A GPU thread's is shorter here.
 CHAIN = 512
@@ -494,6 +494,44 @@ def test_rounding_equals_torch_for_every_kind_of_number(cpp: Backend, dtype: tor
     )
     expected = values + torch.zeros_like(values)  # x + 0 turns -0 into 0
     torch.testing.assert_close(written, expected.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+# ---- a GPU alone ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_skipped_step_is_two_launches_and_one_copy_to_the_host(name: str) -> None:
+    if why_not(name) is not None:
+        pytest.skip(why_not(name))
+    config = DiCacheConfig(
+        threshold=math.inf, retention_ratio=0.0, compute_last_step=False, backend=name
+    )
+    session = DiCacheSession(config)
+    x, p, y = (torch.randn(2, 64, 96, device="cuda").bfloat16() for _ in range(3))
+
+    def step() -> str:
+        with session.step("cond") as step:
+            if step.needs_probe:
+                step.probe(x, p)
+            if step.action == "reuse":
+                step.reuse(x)
+            else:
+                step.record(x, p, y)
+        return step.action
+
+    assert [step() for _ in range(3)] == ["compute", "reuse", "reuse"]  # compiles and warms up
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities):
+        torch.ones(1, device="cuda")  # a process's first profile may miss events
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    ran = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    copies = [name for name in ran if "Memcpy" in name]
+    assert len(copies) == 1 and "DtoH" in copies[0], ran
+    assert len(ran) == 3, ran  # and two kernels
 
 
 # ---- the operators in torch ----

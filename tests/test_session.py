@@ -6,8 +6,9 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning
+from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, ops
 
 ALWAYS_REUSE = {"threshold": math.inf, "retention_ratio": 0.0, "compute_last_step": False}
 
@@ -462,3 +463,103 @@ def test_zero_steps_are_refused(steps):
 def test_an_absent_backend_is_named_with_the_reason():
     with pytest.raises(ValueError, match="backend='cuda'.*Available: auto, reference"):
         DiCacheSession(DiCacheConfig(**ALWAYS_REUSE, backend="cuda"))
+
+
+# --- what a step costs ---------------------------------------------------------------------------
+
+
+class Dispatched(TorchDispatchMode):
+    """The operators that were called, views and allocations left out."""
+
+    FREE = ("select", "slice", "expand", "view", "detach", "empty", "new_empty", "alias")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, name = function._schema.name.split("::")
+        if name not in self.FREE:
+            self.names.append(f"{namespace}::{name}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("config", "statistics"),
+    [
+        ({"error": "weighted_alignment"}, "dicache::alignment_statistics"),
+        ({"error": "alignment"}, "dicache::alignment_statistics"),
+        ({"error": "delta_y", "alignment": "l1"}, "dicache::probe_statistics"),
+        ({"error": "delta_y"}, "dicache::probe_statistics"),
+        ({"error": "delta_minus", "alignment": "l1"}, "dicache::probe_statistics"),
+    ],
+)
+def test_a_skipped_step_is_two_operators(config, statistics):
+    """Two launches, and one read of two numbers on the host (`tolist` dispatches nothing)."""
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE, **config))
+    drive(session, 3)
+    x, p, _ = tensors(3)
+    with session.step("cond") as step, Dispatched() as dispatched:
+        assert step.probe(x, p).action == "reuse"
+        step.reuse(x)
+    assert dispatched.names == [statistics, "dicache::combine_residuals"]
+
+
+def test_a_computed_step_is_one_operator_and_the_two_copies_that_park_x_and_p():
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE, schedule="CCC"))
+    drive(session, 2)
+    x, p, y = tensors(2)
+    with session.step("cond") as step, Dispatched() as dispatched:
+        step.record(*step.hold(x, p), y)
+    assert dispatched.names == ["aten::copy_", "aten::copy_", "dicache::record_residuals"]
+
+
+@pytest.mark.parametrize("make", [lambda t: t.transpose(1, 2), lambda t: t[:, ::2]])
+def test_tensors_that_are_not_contiguous_are_taken_as_they_are(make):
+    """A model may hand out any layout; a batch slice needs no copy, others are copied."""
+    plain, odd = (DiCacheSession(DiCacheConfig(**ALWAYS_REUSE)) for _ in range(2))
+    for seed in range(4):
+        values = tensors(seed, shape=(2, 8, 8))
+        _, expected = run_step(plain, [make(v).contiguous() for v in values])
+        action, y = run_step(odd, [make(v) for v in values])
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    assert action == "reuse"
+
+
+def test_a_slice_of_a_longer_sequence_is_not_copied():
+    """Blocks that run on [text, image] hand out image tokens with a gap between the samples."""
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    for seed in range(3):
+        x, p, y = (value[:, 3:] for value in tensors(seed, shape=(2, 8, 8)))
+        with session.step("cond") as step:
+            if not step.needs_probe:
+                step.record(x, p, y)
+                continue
+            with Dispatched() as dispatched:
+                step.probe(x, p)
+                step.reuse(x)
+    assert [name for name in dispatched.names if name.startswith("aten")] == []
+
+
+def test_an_unavailable_backend_is_refused_before_the_first_run():
+    status = ops.backend_status()
+    for name in ("cpp", "cuda", "triton"):
+        if status[name] == "available":
+            DiCacheSession(DiCacheConfig(threshold=0.1, backend=name))
+        else:
+            with pytest.raises(ValueError, match=name) as error:
+                DiCacheSession(DiCacheConfig(threshold=0.1, backend=name))
+            assert status[name] in str(error.value)
+
+
+def test_every_backend_that_runs_here_decides_alike():
+    names = [n for n, status in ops.backend_status().items() if status == "available"]
+    runs = {}
+    for name in ["auto", *names]:
+        if name in ("cuda", "triton"):
+            continue  # the tensors here are the CPU's
+        config = DiCacheConfig(threshold=2.0, retention_ratio=0.0, backend=name)
+        runs[name] = drive(DiCacheSession(config), 12, num_inference_steps=12)
+    assert len(runs) >= 2
+    assert len(set(runs.values())) == 1
+    assert {"C", "c", "R"} <= set(runs["auto"])
