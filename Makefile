@@ -32,10 +32,11 @@ clean:
 	rm -rf build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
 
-# --no-deps: an index of torch builds need not carry the pinned versions of what torch depends on.
+# torch comes before dicache, whose extensions are compiled against it. --no-deps: an index of torch
+# builds need not carry the pinned versions of what torch depends on.
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -name "*.*")
 	$(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt setuptools ninja pybind11
 	$(if $(TORCH_INDEX),$(PIP) install -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
+	$(PIP) install -c constraints.txt setuptools ninja pybind11 torch
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
