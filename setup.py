@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,69 +31,76 @@ STABLE_ABI = ("2.11", "0x020b000000000000")
 # fmad, fp-contract: y and the recorded residuals are bitwise equal in every backend.
 CXX = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
 NVCC = ["-std=c++20", "-O3", "--fmad=false", "-lineinfo", "-DUSE_CUDA"]
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for p in patterns for path in ROOT.glob(p))
 
 
-def cuda_home() -> str | None:
-    """Where nvcc and libcudart lie, if torch is a CUDA build; torch alone also names bare folders.
+def cuda_version() -> str | None:
+    """nvcc's version, if this torch can be extended with it. Torch alone also names bare folders.
 
     Not `torch.cuda.is_available()`: what is built on a machine without a GPU runs on one with it.
     """
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    if torch.version.cuda is None or CUDA_HOME is None:
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if torch.version.cuda is None or CUDA_HOME is None or not nvcc.exists():
         return None
-    has_runtime = any(Path(CUDA_HOME).glob("lib*/libcudart*"))
-    return CUDA_HOME if has_runtime and (Path(CUDA_HOME) / "bin" / "nvcc").exists() else None
+    if not any(Path(CUDA_HOME).glob("lib*/libcudart*")):
+        return None
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", printed)
+    is_same_major = found is not None and found[1] == torch.version.cuda.split(".")[0]
+    return f"{found[1]}.{found[2]}" if found is not None and is_same_major else None
 
 
-def cuda_version(home: str) -> str:
-    printed = subprocess.check_output([f"{home}/bin/nvcc", "--version"], text=True)
-    found = re.search(r"release (\S+),", printed)
-    return found.group(1) if found else "unknown"
+def architectures(version: str) -> str:
+    """TORCH_CUDA_ARCH_LIST as it is set, or those of the GPUs here, or the usual ones."""
+    import torch
+
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        if torch.cuda.is_available():
+            found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+            listed = ";".join(f"{major}.{minor}" for major, minor in sorted(found)) + "+PTX"
+        else:
+            is_new = tuple(map(int, version.split("."))) >= (12, 8)
+            listed = "8.0;9.0;10.0+PTX" if is_new else "8.0;9.0+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = listed  # torch would raise where it sees no GPU
+    return os.environ["TORCH_CUDA_ARCH_LIST"]
 
 
 def extensions() -> list[Extension]:
     import pybind11
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    abi = [("TORCH_TARGET_VERSION", STABLE_ABI[1])]
     common = {"depends": sources("csrc/**/*.h", "csrc/**/*.cuh"), "optional": not BUILD}
-    built = [
-        CppExtension(
-            "dicache._C",
-            sources("csrc/cpu/*.cpp"),
+
+    def operators(kind: Callable[..., Extension], name: str, folder: str, **flags: list[str]):
+        return kind(
+            f"dicache.{name}",
+            sources(f"csrc/{folder}/*.cpp", f"csrc/{folder}/*.cu"),
             include_dirs=[*INCLUDE],
-            define_macros=abi,
-            extra_compile_args={"cxx": CXX},
+            define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI[1])],
+            extra_compile_args=flags,
             py_limited_api=True,  # neither Python.h nor libtorch_python
             **common,
         )
-    ]
+
+    built = [operators(CppExtension, "_C", "cpu", cxx=CXX)]
     facts = [("DICACHE_TORCH_ABI", f'"{STABLE_ABI[0]}"')]
-    home = cuda_home() if BUILD in ("", "cuda") else None
-    if home is None and BUILD == "cuda":
-        sys.exit("DICACHE_BUILD=cuda needs a CUDA build of torch, nvcc and libcudart (CUDA_HOME).")
-    if home is not None:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-        facts.append(("DICACHE_CUDA_VERSION", f'"{cuda_version(home)}"'))
-        facts.append(("DICACHE_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'))
-        built.append(
-            CUDAExtension(
-                "dicache._C_cuda",
-                sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp"),
-                include_dirs=[*INCLUDE],
-                define_macros=abi,
-                extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": NVCC},
-                py_limited_api=True,
-                **common,
-            )
+    version = cuda_version() if BUILD in ("", "cuda") else None
+    if version is None and BUILD == "cuda":
+        sys.exit(
+            "DICACHE_BUILD=cuda needs a CUDA build of torch, and in CUDA_HOME nvcc and libcudart "
+            "of the same major version."
         )
+    if version is not None:
+        facts.append(("DICACHE_CUDA_VERSION", f'"{version}"'))
+        facts.append(("DICACHE_CUDA_ARCHITECTURES", f'"{architectures(version)}"'))
+        flags = {"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": NVCC}
+        built.append(operators(CUDAExtension, "_C_cuda", "cuda", **flags))
     info = Extension(
         "dicache._build_info",
         ["csrc/python/build_info.cpp"],
@@ -118,6 +126,9 @@ def build_command() -> type:
                 if not extension.optional:
                     raise
                 self.warn(f"{extension.name} is not built, dicache works without it: {error}")
+                info = self.extensions[-1]  # is built last, and must not tell of what is not there
+                if extension.name == "dicache._C_cuda":
+                    info.define_macros = [m for m in info.define_macros if "CUDA" not in m[0]]
 
     return Build
 

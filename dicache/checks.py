@@ -1,7 +1,7 @@
 """What every backend demands of an operator's arguments, and the errors that say so.
 
 The reference, the Triton launchers and the fakes that torch.compile traces call these functions;
-the compiled backends make the same checks in C++ (csrc/torch/arguments.h), where they cost less.
+the compiled backends make the same checks in C++ (csrc/torch/checked.h), where they cost less.
 All raise with what was given, what was expected and, where it helps, what to do. Nothing here reads
 a tensor's values.
 """
@@ -69,7 +69,10 @@ def check_combine(
     _check_window("residual_window", residual_window, x)
     _check_per_sample(x, newest, active)
     _expect_shape("gamma", gamma, x.shape[:1], "[B], one weight a sample")
-    _expect_dtype("gamma", gamma, (torch.float32, torch.float64), "float32 or float64")
+    if torch.float64 in (x.dtype, residual_window.dtype):
+        _expect_dtype("gamma", gamma, (torch.float32, torch.float64), "float32 or float64")
+    else:
+        _expect_dtype("gamma", gamma, (torch.float32,), "float32 (float64 only for float64 data)")
     _expect_device("gamma", gamma, x)
     if out is not None:
         _check_like("out", out, x, residual_window.dtype, "residual_window's")
@@ -93,6 +96,26 @@ def check_record(
     _check_window("probe_window", probe_window, x, p.dtype, "p's")
     _check_per_sample(x, newest, active)
     _check_entry_sums(entry_sums, x)
+
+
+def check_workspace(x: Tensor, workspace: Tensor | None) -> None:
+    """Scratch memory of the operators that add up; its size is checked where it is used."""
+    if workspace is not None:
+        _expect_dtype("workspace", workspace, (torch.uint8,), "uint8, from ops.make_workspace(x)")
+        _expect_device("workspace", workspace, x)
+
+
+def check_distinct(**tensors: Tensor | None) -> None:
+    """Two samples of a written tensor must not share memory."""
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.is_contiguous():
+            continue
+        rows = tensor[0] if name.endswith("_window") else tensor
+        if rows.shape[0] > 1 and rows.stride(0) < rows[0].numel():
+            raise ValueError(
+                f"{name} is written, and its samples overlap: shape {list(tensor.shape)}, strides "
+                f"{list(tensor.stride())}. Expected samples with memory of their own."
+            )
 
 
 def check_rows(**tensors: Tensor | None) -> None:
@@ -147,7 +170,12 @@ def _check_like(
 def _check_window(
     name: str, window: Tensor, x: Tensor, dtype: torch.dtype | None = None, whose: str = ""
 ) -> None:
-    _expect_shape(name, window, (2, *x.shape), "two entries of x's shape")
+    # Not compared with (2, *x.shape): under torch.compile a batch of 2 would be taken for that 2.
+    if window.ndim != x.ndim + 1 or window.shape[0] != 2 or window.shape[1:] != x.shape:
+        raise ValueError(
+            f"{name} has shape {list(window.shape)} and x {list(x.shape)}. Expected two entries of "
+            f"x's shape, [2, B, ...]."
+        )
     _expect_device(name, window, x)
     if dtype is None:
         _expect_dtype(name, window, FLOATING, "bfloat16, float16, float32 or float64")

@@ -15,11 +15,13 @@ NVIDIA (`cuda`), else Triton (`triton`), else the reference.
 Every backend gives bitwise equal results from run to run on one machine; `combine_residuals` and
 the windows of `record_residuals` are bitwise equal between backends too. Sums are added in another
 order by each, so they agree to rounding. Schemas are defined here, once; csrc/ and kernels/
-implement them.
+implement them. Bad arguments raise `ValueError` (`RuntimeError` in the compiled bodies). No
+operator takes part in autograd.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -222,10 +224,8 @@ def resolve_backend(name: str, device: torch.device | None = None) -> ModuleType
         ValueError: The backend is not there, or not for this device; the message says why and what
             to do.
     """
-    from . import ops
-
     if name == "auto":
-        return ops
+        return sys.modules[__name__]
     status = backend_status()
     if status.get(name) != "available":
         reason = status.get(name, "there is no backend of this name")
@@ -243,11 +243,36 @@ def resolve_backend(name: str, device: torch.device | None = None) -> ModuleType
         from . import kernels
 
         return kernels
-    return ops
+    return sys.modules[__name__]
 
 
 def _no_gpu() -> str | None:
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+    """Why the CUDA operators that were built cannot run here; `None` if they can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    built = _cuda_architectures()
+    capability = torch.cuda.get_device_capability()
+    if built is None or _covers(built, capability):
+        return None
+    return f"built for {built}, and this GPU is {capability[0]}.{capability[1]}"
+
+
+def _cuda_architectures() -> str | None:
+    try:
+        from ._build_info import build_facts
+    except ImportError:
+        return None
+    return build_facts()["cuda_architectures"]
+
+
+def _covers(built: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for "8.0;9.0+PTX" runs on a GPU: same major version, or from its PTX."""
+    for entry in built.replace(" ", ";").split(";"):
+        version, _, ptx = entry.partition("+")
+        major, minor = (int(number.rstrip("af")) for number in version.split("."))
+        if (major == capability[0] or ptx) and (major, minor) <= capability:
+            return True
+    return False
 
 
 def _no_triton() -> str | None:
@@ -263,6 +288,8 @@ def _load(extension: str) -> str | None:
     """Load a compiled extension of this package; why it is not there, or `None`."""
     for path in sorted(Path(__file__).parent.glob(f"{extension}.*")):
         if path.suffix in (".so", ".pyd", ".dylib"):
+            if extension == "_C_cuda" and torch.cuda.is_available() and _no_gpu():
+                return _no_gpu()  # registered, it would stand in Triton's way
             try:
                 torch.ops.load_library(path)
             except OSError as error:
@@ -281,10 +308,11 @@ def _register_python_bodies() -> None:
     """The reference for every device, and Triton where it can run and nothing compiled does."""
     for name in OPERATORS:
         _LIBRARY.impl(name, _body(reference, name), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"dicache::{name}", _FAKES[name], lib=_LIBRARY)
     if _no_triton() is None:
         for name in OPERATORS:
-            for key in ("XPU",) if _load_error["_C_cuda"] is None else ("CUDA", "XPU"):
+            for key in ("CUDA", "XPU") if _load_error["_C_cuda"] else ("XPU",):
                 _LIBRARY.impl(name, _triton_body(name), key)
 
 
@@ -314,11 +342,6 @@ def _triton_body(name: str):  # type: ignore[no-untyped-def]
     return call
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
-
-
 def _fake_probe_statistics(
     x: Tensor,
     p: Tensor,
@@ -336,6 +359,7 @@ def _fake_probe_statistics(
     checks.check_probe_statistics(
         x, p, p_prev, x_prev, probe_window, newest, entry_sums, low, high, active
     )
+    checks.check_workspace(x, workspace)
     return _fake_results(x, p, 5 if x_prev is None else 7)
 
 
@@ -352,11 +376,12 @@ def _fake_alignment_statistics(
     workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     checks.check_alignment_statistics(x, p, probe_window, newest, entry_sums, low, high, active)
+    checks.check_workspace(x, workspace)
     return _fake_results(x, p, 6)
 
 
 def _fake_results(x: Tensor, p: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    batch, dtype = x.shape[0], _wide(x, p)
+    batch, dtype = x.shape[0], reference.wide_dtype(x, p)
     return x.new_empty((batch, columns), dtype=dtype), x.new_empty((batch + 1, 2), dtype=dtype)
 
 
@@ -407,6 +432,7 @@ def _fake_record_residuals(
     workspace: Tensor | None = None,
 ) -> None:
     checks.check_record(x, p, y, residual_window, probe_window, newest, entry_sums, active)
+    checks.check_workspace(x, workspace)
 
 
 _FAKES = {name: globals()[f"_fake_{name}"] for name in OPERATORS}

@@ -15,7 +15,8 @@ Arithmetic is done in fp32 (fp64 if any input is fp64) and rounded once, when a 
 Sums are per sample. There is no epsilon anywhere: a zero denominator of gamma gives gamma = 1,
 a zero denominator of the error leaves it non-finite, and NaN or infinity reach the result, where
 the gate finds them. An optional `active` (uint8 [B]) names the samples to work on; buffers of the
-others stay as they are. No function returns a Python number, so none waits for the device.
+others stay as they are. No function returns a Python number, so none waits for the device, and
+none takes part in autograd.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from . import checks
 #   0 sum|d|            1 <d, d>        2 sum|r_new|           3 sum|r_old|
 
 
+@torch.no_grad()
 def probe_statistics(
     x: Tensor,
     p: Tensor,
@@ -84,7 +86,7 @@ def probe_statistics(
     checks.check_probe_statistics(
         x, p, p_prev, x_prev, probe_window, newest, entry_sums, low, high, active
     )
-    wide = _wide(x, p)
+    wide = wide_dtype(x, p)
     q_old = _entry(probe_window, newest, old=True).to(wide)
     a = (p.to(wide) - x.to(wide)) - q_old
     if least_squares:
@@ -96,7 +98,7 @@ def probe_statistics(
         _sum_abs(p_prev.to(wide)),
         gamma_top,
         entry_sums[:, 1 if least_squares else 0],
-        entry_sums[:, 2] + entry_sums[:, 3],
+        entry_sums[:, 2].to(wide) + entry_sums[:, 3].to(wide),
     ]
     _store(p_prev, p, active)
     if x_prev is not None:
@@ -106,6 +108,7 @@ def probe_statistics(
     return sums, finish_probe_statistics(sums, low, high)
 
 
+@torch.no_grad()
 def finish_probe_statistics(sums: Tensor, low: float, high: float) -> Tensor:
     """(error, gamma) [B + 1, 2] from the sums of `probe_statistics`, after an all-reduce if any."""
     checks.check_finish(sums, low, high, columns=(5, 7))
@@ -116,6 +119,7 @@ def finish_probe_statistics(sums: Tensor, low: float, high: float) -> Tensor:
     return torch.stack([error, _gamma(sums[:, 2], sums[:, 3], sums[:, 4], low, high)], dim=1)
 
 
+@torch.no_grad()
 def alignment_statistics(
     x: Tensor,
     p: Tensor,
@@ -141,18 +145,19 @@ def alignment_statistics(
     Args, returns and errors as `probe_statistics`, the sums being [B, 6].
     """
     checks.check_alignment_statistics(x, p, probe_window, newest, entry_sums, low, high, active)
-    wide = _wide(x, p)
+    wide = wide_dtype(x, p)
     p = p.to(wide)
     q = p - x.to(wide)
     q_old = _entry(probe_window, newest, old=True).to(wide)
     a = q - q_old
     d = _entry(probe_window, newest, old=False).to(wide) - q_old
-    residual = entry_sums[:, 2] + entry_sums[:, 3]
+    residual = entry_sums[:, 2].to(wide) + entry_sums[:, 3].to(wide)
     columns = [_dot(a, a), _dot(a, d), _dot(q, q), entry_sums[:, 1], residual, _dot(p, p)]
     sums = _only(torch.stack([column.to(wide) for column in columns], dim=1), active)
     return sums, finish_alignment_statistics(sums, low, high, relative_to_probe)
 
 
+@torch.no_grad()
 def finish_alignment_statistics(
     sums: Tensor, low: float, high: float, relative_to_probe: bool = False
 ) -> Tensor:
@@ -166,6 +171,7 @@ def finish_alignment_statistics(
     return torch.stack([error, gamma], dim=1)
 
 
+@torch.no_grad()
 def combine_residuals(
     x: Tensor,
     residual_window: Tensor,
@@ -180,7 +186,8 @@ def combine_residuals(
         x: [B, ...] tokens before block 0.
         residual_window: [2, B, ...] residuals r of the two last computed steps.
         newest: int32 [B].
-        gamma: fp32 or fp64 [B], read on the device. May be expanded from one number.
+        gamma: fp32 [B] (fp64 too for fp64 data), read on the device. May be expanded from one
+            number.
         active: uint8 [B] or `None`. Inactive rows of `out` stay as they are (without `out` they
             are zero).
         out: Where to write, [B, ...] in the window's dtype; may be `x`. `None` allocates.
@@ -192,19 +199,20 @@ def combine_residuals(
         ValueError: A shape, dtype or device is not as above.
     """
     checks.check_combine(x, residual_window, newest, gamma, active, out)
-    wide = _wide(x, residual_window)
+    wide = wide_dtype(x, residual_window)
     old = _entry(residual_window, newest, old=True).to(wide)
     new = _entry(residual_window, newest, old=False).to(wide)
     gamma = gamma.to(wide).view(-1, *[1] * (x.ndim - 1))
     y = (x.to(wide) + old + gamma * (new - old)).to(residual_window.dtype)
-    if out is None:
-        if active is None:
-            return y
-        out = torch.zeros_like(y)
+    if out is None:  # contiguous, whatever x is
+        out = (torch.empty if active is None else torch.zeros)(
+            x.shape, dtype=y.dtype, device=x.device
+        )
     _store(out, y, active)
     return out
 
 
+@torch.no_grad()
 def record_residuals(
     x: Tensor,
     p: Tensor,
@@ -238,10 +246,10 @@ def record_residuals(
         ValueError: A shape, dtype or device is not as above.
     """
     checks.check_record(x, p, y, residual_window, probe_window, newest, entry_sums, active)
-    wide = _wide(x, p, y)
+    wide = wide_dtype(x, p, y)
     residual = (y.to(wide) - x.to(wide)).to(residual_window.dtype)
     probe_residual = (p.to(wide) - x.to(wide)).to(probe_window.dtype)
-    slot = 1 - newest
+    slot = (newest == 0).int()
     for index in (0, 1):
         chosen = torch.ones_like(slot, dtype=torch.bool) if first else slot == index
         chosen = chosen if active is None else chosen & active.bool()
@@ -255,7 +263,8 @@ def record_residuals(
     _store(entry_sums, sums.to(entry_sums.dtype), active)
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic on these tensors."""
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
 
@@ -273,7 +282,8 @@ def _rows(flags: Tensor, like: Tensor) -> Tensor:
 
 
 def _entry(window: Tensor, newest: Tensor, old: bool) -> Tensor:
-    return torch.where(_rows(newest == int(not old), window[0]), window[1], window[0])
+    is_second = newest == 0 if old else newest != 0
+    return torch.where(_rows(is_second, window[0]), window[1], window[0])
 
 
 def _gamma(top: Tensor, bottom: Tensor, residual: Tensor, low: float, high: float) -> Tensor:

@@ -87,6 +87,11 @@ class Trajectory:
 
     def combine(self, x: Tensor, gamma: Tensor) -> Tensor:
         """y = x + r_old + gamma (r_new - r_old); gamma [] on the device, for the whole batch."""
+        if gamma.dtype != torch.float32 and torch.float64 not in (
+            x.dtype,
+            self.residual_window.dtype,
+        ):
+            gamma = gamma.float()  # an fp64 probe beside other tokens
         weights = gamma.expand(x.shape[0])
         self._stored_probe = False
         return self.ops.combine_residuals(_dense(x), self.residual_window, self.newest, weights)

@@ -131,12 +131,12 @@ def _alignment_kernel(
     # What record left for this sample enters the sums once, through the sample's first program.
     first = works & (index == 0)
     row = entry_sums + sample * 4
-    residual = tl.load(row + 2) + tl.load(row + 3)
+    residual = tl.load(row + 2).to(ACC) + tl.load(row + 3).to(ACC)
     store_partial(workspace, 0, tl.sum(aa))
     store_partial(workspace, 1, tl.sum(ad))
     store_partial(workspace, 2, tl.sum(qq))
     store_partial(workspace, 3, tl.where(first, tl.load(row + 1).to(ACC), 0.0))
-    store_partial(workspace, 4, tl.where(first, residual.to(ACC), 0.0))
+    store_partial(workspace, 4, tl.where(first, residual, 0.0))
     store_partial(workspace, 5, tl.sum(pp))
     if is_last(workspace):
         add_partials(workspace, sums, None, batch, per_sample, 6, ACC)

@@ -51,6 +51,7 @@ def probe_statistics(
         x, p, p_prev, x_prev, probe_window, newest, entry_sums, low, high, active
     )
     checks.check_rows(x=x, p=p, p_prev=p_prev, x_prev=x_prev, probe_window=probe_window)
+    checks.check_distinct(p_prev=p_prev, x_prev=x_prev)
     launch.check_contiguous(newest=newest, entry_sums=entry_sums, active=active)
     accumulator = launch.wide(x, p)
     plan = launch.plan(x, p, resident=3 if x_prev is None else 2)
@@ -125,7 +126,7 @@ def _probe_kernel(
     p_prev += sample * p_prev_stride
     if x_prev is not None:
         x_prev += sample * x_prev_stride
-    new_entry = tl.load(newest + sample).to(tl.int64)
+    new_entry = (tl.load(newest + sample) != 0).to(tl.int64)
     q_new = window + sample * window_stride + new_entry * entry_stride
     q_old = window + sample * window_stride + (1 - new_entry) * entry_stride
     works = is_active(active, sample)
@@ -152,12 +153,12 @@ def _probe_kernel(
     first = works & (index == 0)
     row = entry_sums + sample * 4
     bottom = tl.load(row + (1 if LEAST_SQUARES else 0))
-    residual = tl.load(row + 2) + tl.load(row + 3)
+    residual = tl.load(row + 2).to(ACC) + tl.load(row + 3).to(ACC)
     store_partial(workspace, 0, tl.sum(p_moved))
     store_partial(workspace, 1, tl.sum(p_size))
     store_partial(workspace, 2, tl.sum(top))
     store_partial(workspace, 3, tl.where(first, bottom.to(ACC), 0.0))
-    store_partial(workspace, 4, tl.where(first, residual.to(ACC), 0.0))
+    store_partial(workspace, 4, tl.where(first, residual, 0.0))
     if x_prev is not None:
         store_partial(workspace, 5, tl.sum(x_moved))
         store_partial(workspace, 6, tl.sum(x_size))

@@ -39,6 +39,7 @@ def record_residuals(
     """
     checks.check_record(x, p, y, residual_window, probe_window, newest, entry_sums, active)
     checks.check_rows(x=x, p=p, y=y, residual_window=residual_window, probe_window=probe_window)
+    checks.check_distinct(residual_window=residual_window, probe_window=probe_window)
     launch.check_contiguous(newest=newest, entry_sums=entry_sums, active=active)
     plan = launch.plan(x, p, y)
     if plan.batch == 0:
@@ -85,7 +86,7 @@ def _record_kernel(
     p += sample * p_stride
     y += sample * y_stride
     # The entry that is newest now becomes the older one; the other slot takes the new entry.
-    kept = tl.load(newest + sample).to(tl.int64)
+    kept = (tl.load(newest + sample) != 0).to(tl.int64)
     residual_window += sample * residual_stride
     r_new = residual_window + (1 - kept) * residual_entry_stride
     r_old = residual_window + kept * residual_entry_stride
@@ -174,4 +175,4 @@ def _turn_newest(newest, active, batch):
         if active is not None:
             mask = mask & (tl.load(active + rows, mask=mask, other=0) != 0)
         entry = tl.load(newest + rows, mask=mask, other=0)
-        tl.store(newest + rows, 1 - entry, mask=mask)
+        tl.store(newest + rows, (entry == 0).to(tl.int32), mask=mask)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.C
         ignored = shutil.ignore_patterns("*.so", "models", "__pycache__")
         if not (folder / name).exists():
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     clean = {key: value for key, value in os.environ.items() if key != "DICACHE_BUILD"}
     return subprocess.run(
@@ -86,6 +87,34 @@ def test_a_workspace_is_large_enough_for_every_plan(batch, size, monkeypatch):
         available = ops.make_workspace(x).numel()
         for name in ("probe_statistics", "alignment_statistics", "record_residuals"):
             assert launch_plan(name, batch, size, processors)["workspace_bytes"] <= available
+
+
+def test_a_source_distribution_carries_every_source(tmp_path):
+    """Also those that this machine cannot compile."""
+    done = run_setup(tmp_path, "-q", "sdist", DICACHE_BUILD="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert sources <= names
+    assert {"dicache/kernels/probe.py", "dicache/py.typed", "dicache/_build_info.pyi"} <= names
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("8.0;9.0;10.0+PTX", (9, 0), True),
+        ("8.0;9.0;10.0+PTX", (8, 6), True),
+        ("8.0;9.0;10.0+PTX", (12, 0), True),
+        ("8.0;9.0;10.0+PTX", (7, 5), False),
+        ("9.0a", (9, 0), True),
+        ("9.0", (10, 0), False),
+        ("8.6", (8, 0), False),
+    ],
+)
+def test_a_gpu_that_the_build_does_not_cover_is_left_to_triton(built, capability, runs):
+    assert ops._covers(built, capability) is runs
 
 
 def test_build_can_be_switched_off(tmp_path):

@@ -303,10 +303,13 @@ def test_empty_batches_and_samples(backend: Backend, batch: int, size: int) -> N
     newest = torch.zeros(batch, dtype=torch.int32, device=device)
     entry_sums = torch.ones(batch, 4, device=device)
     shared = (window, newest, entry_sums, 0.0, 2.0)
+    on_cpu = (window.cpu(), newest.cpu(), entry_sums.cpu(), 0.0, 2.0)
     sums, result = backend.ops.alignment_statistics(x, x, *shared)
-    expected, last = reference.alignment_statistics(
-        x.cpu(), x.cpu(), window.cpu(), newest.cpu(), entry_sums.cpu(), 0.0, 2.0
-    )
+    expected, last = reference.alignment_statistics(x.cpu(), x.cpu(), *on_cpu)
+    assert torch.equal(sums.cpu(), expected)
+    assert_finished(result, last)
+    sums, result = backend.ops.probe_statistics(x, x, x.clone(), x.clone(), *shared)  # delta_minus
+    expected, last = reference.probe_statistics(*[x.cpu().clone() for _ in range(4)], *on_cpu)
     assert torch.equal(sums.cpu(), expected)
     assert_finished(result, last)
     y = backend.ops.combine_residuals(x, window, newest, torch.ones(batch, device=device))
@@ -370,19 +373,60 @@ def test_rows_that_are_not_contiguous(backend: Backend, case: str) -> None:
             backend.ops.alignment_statistics(**arguments)
 
 
-@pytest.mark.parametrize("name", ["cpp", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_record_refuses_inputs_that_overlap_a_window_halfway(name: str) -> None:
-    if why_not(name) is not None:
-        pytest.skip(why_not(name))
-    device = Backend(name).device
-    window = torch.zeros(2, 1, 64, device=device)
-    other = torch.zeros(2, 1, 64, device=device)
-    x = window.view(-1)[1:65].view(1, 64)
-    newest = torch.zeros(1, dtype=torch.int32, device=device)
-    y = torch.zeros(1, 64, device=device)
-    sums = torch.zeros(1, 4, device=device)
-    with pytest.raises(RuntimeError, match="x overlaps a window"):
-        ops.record_residuals(x, y.clone(), y, window, other, newest, sums, False)
+OVERLAPS = ["record x", "record entries", "combine out", "combine samples", "probe samples"]
+
+
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_memory_that_would_be_read_after_it_was_written_is_refused(
+    backend: Backend, case: str
+) -> None:
+    """On a GPU it would be a race. `out` may be x, and x and p may be whole window entries."""
+    if backend.name in ("reference", "triton"):
+        pytest.skip("the compiled backends check it; the reference computes before it writes")
+    device, batch, size = backend.device, 2, 64
+    flat = torch.zeros(4 * batch * size, device=device)
+    x, p, y = (torch.zeros(batch, size, device=device) for _ in range(3))
+    window = flat[: 2 * batch * size].view(2, batch, size)
+    newest = torch.zeros(batch, dtype=torch.int32, device=device)
+    sums = torch.ones(batch, 4, device=device)
+    shifted, shared = flat[1 : 1 + batch * size].view(batch, size), x[:1].expand(batch, size)
+    with pytest.raises(RuntimeError, match=r"overlap"):
+        if case == "record x":
+            backend.ops.record_residuals(shifted, p, y, window, window.clone(), newest, sums, False)
+        elif case == "record entries":
+            one = window[:1].expand(2, batch, size)
+            backend.ops.record_residuals(x, p, y, one, window.clone(), newest, sums, False)
+        elif case == "combine out":
+            out = flat[: batch * size].view(batch, size)
+            backend.ops.combine_residuals(shifted, window.clone(), newest, sums[:, 0], out=out)
+        elif case == "combine samples":
+            backend.ops.combine_residuals(x.clone(), window, newest, sums[:, 0], out=shared)
+        else:
+            backend.ops.probe_statistics(p, y, shared, None, window, newest, sums, 0.0, 2.0)
+
+
+def test_slices_of_one_allocation_are_no_overlap(backend: Backend) -> None:
+    """x, p, y and the window interleaved, sample by sample."""
+    flat = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)).to(backend.device)
+    x, p, y = flat[:, 0], flat[:, 1], flat[:, 2]
+    windows = flat[:, 3:5].transpose(0, 1), flat[:, 5:7].transpose(0, 1)
+    newest = torch.tensor([0, 1], dtype=torch.int32, device=backend.device)
+    sums = torch.ones(2, 4, device=backend.device)
+    separate = [t.cpu().clone() for t in (x, p, y, *windows, newest, sums)]
+    backend.ops.record_residuals(x, p, y, *windows, newest, sums, False)
+    reference.record_residuals(*separate, False)
+    assert torch.equal(windows[0].cpu(), separate[3])
+    assert torch.equal(windows[1].cpu(), separate[4])
+
+
+def test_nothing_takes_part_in_autograd(backend: Backend) -> None:
+    x, p, window, *rest = statistics_arguments(backend.device, 1, 32)
+    for tensor in (x, p, window):
+        tensor.requires_grad_()
+    p_prev = torch.zeros_like(p).detach()
+    sums, result = backend.ops.probe_statistics(x, p, p_prev, None, window, *rest)
+    y = backend.ops.combine_residuals(x, window, rest[0], torch.ones(1, device=backend.device))
+    assert not any(tensor.requires_grad for tensor in (sums, result, y, p_prev))
 
 
 def test_more_than_2_31_elements_by_batch_stride_0(backend: Backend) -> None:

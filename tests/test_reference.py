@@ -164,6 +164,15 @@ def test_combine_residuals(dtype):
     assert torch.equal(in_place, y)
 
 
+def test_combine_makes_a_contiguous_tensor_whatever_x_is():
+    """As the operator's fake says, which torch.compile plans with."""
+    tensors, windows, newest = make_step(2, 4, 4)
+    x = tensors["x"].transpose(1, 2)
+    for active in (None, torch.ones(2, dtype=torch.uint8)):
+        y = reference.combine_residuals(x, windows["residual"], newest, torch.ones(2), active)
+        assert y.is_contiguous()
+
+
 def test_combine_returns_the_recorded_dtype_for_a_wider_input():
     tensors, windows, newest = make_step(1, 2, 3, torch.bfloat16)
     y = reference.combine_residuals(

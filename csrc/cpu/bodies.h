@@ -176,15 +176,13 @@ void probe_tasks(const ProbeArguments& arguments, int64_t begin, int64_t end, do
 
 template <class Format>
 void probe_body(const ProbeArguments& arguments, int64_t begin, int64_t end, double* partials) {
-  const bool with_input = arguments.x_prev.data != nullptr;
-  if (arguments.rule.least_squares) {
-    with_input ? probe_tasks<Format, ProbeTerms<true, true>, true>(arguments, begin, end, partials)
-               : probe_tasks<Format, ProbeTerms<true, false>, false>(arguments, begin, end, partials);
-  } else {
-    with_input
-        ? probe_tasks<Format, ProbeTerms<false, true>, true>(arguments, begin, end, partials)
-        : probe_tasks<Format, ProbeTerms<false, false>, false>(arguments, begin, end, partials);
-  }
+  const auto tasks =
+      arguments.rule.least_squares
+          ? (arguments.with_input ? probe_tasks<Format, ProbeTerms<true, true>, true>
+                                  : probe_tasks<Format, ProbeTerms<true, false>, false>)
+          : (arguments.with_input ? probe_tasks<Format, ProbeTerms<false, true>, true>
+                                  : probe_tasks<Format, ProbeTerms<false, false>, false>);
+  tasks(arguments, begin, end, partials);
 }
 
 template <class Format>
@@ -226,7 +224,7 @@ void combine_body(const CombineArguments& arguments, int64_t begin, int64_t end)
     const double gamma = arguments.gamma_is_wide
                              ? static_cast<const double*>(arguments.gamma)[weight]
                              : static_cast<const float*>(arguments.gamma)[weight];
-    const V gammas = Convert<V>::from(F64{} + gamma);
+    const V gammas = repeat<V>(gamma);
     const Place x = place_of(arguments.x, sample, first);
     const Place r_old = place_of(arguments.r, 1 - newer, sample, first);
     const Place r_new = place_of(arguments.r, newer, sample, first);

@@ -1,16 +1,8 @@
 // The CPU backend: tasks on torch's threads, partial sums added in index order.
 //
 // Results are bitwise equal from run to run, for every number of threads and every instruction set.
-#include <math.h>
-
 #include <cstdint>
-#include <cstdlib>
 #include <vector>
-
-namespace dicache {
-static inline float magnitude(float value) { return value < 0 ? -value : value; }
-static inline double magnitude(double value) { return value < 0 ? -value : value; }
-}  // namespace dicache
 
 #include "cpu/bodies_table.h"
 #include "cpu/instruction_set.h"
@@ -139,12 +131,11 @@ class Cpu {
     const DType p = arguments.p.dtype;
     const auto totals = reduce(bodies(arguments.samples.is_wide, {arguments.x.dtype, p}).probe,
                                arguments);
-    const bool with_input = arguments.x_prev.data != nullptr;
     if (arguments.rule.least_squares) {
-      with_input ? conclude<ProbeTerms<true, true>>(arguments, totals)
+      arguments.with_input ? conclude<ProbeTerms<true, true>>(arguments, totals)
                  : conclude<ProbeTerms<true, false>>(arguments, totals);
     } else {
-      with_input ? conclude<ProbeTerms<false, true>>(arguments, totals)
+      arguments.with_input ? conclude<ProbeTerms<false, true>>(arguments, totals)
                  : conclude<ProbeTerms<false, false>>(arguments, totals);
     }
   }

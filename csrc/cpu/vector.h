@@ -41,8 +41,6 @@ DICACHE_LANES F32 magnitude(F32 value) { return bits_of<F32>(bits_of<U32>(value)
 DICACHE_LANES F64 magnitude(F64 value) {
   return bits_of<F64>(bits_of<U64>(value) & 0x7fffffffffffffffull);
 }
-DICACHE_LANES float magnitude(float value) { return value < 0 ? -value : value; }
-DICACHE_LANES double magnitude(double value) { return value < 0 ? -value : value; }
 
 // mask ? left : right, lane by lane; a mask's lanes are all ones or all zeros.
 DICACHE_LANES U32 choose(I32 mask, U32 left, U32 right) {
@@ -90,7 +88,7 @@ DICACHE_LANES U16 encode_float16(F32 value) {
   return __builtin_convertvector(result | ((bits >> 16) & 0x8000u), U16);
 }
 
-// Loads and stores of `kLanes` elements from element `index` on. `V` is F32 or F64.
+// From one precision of the arithmetic to the other.
 template <class V>
 struct Convert;
 
@@ -106,6 +104,17 @@ struct Convert<F64> {
   static DICACHE_LANES F64 from(F64 value) { return value; }
 };
 
+// The same number in every lane. Adding it to zeros would lose the sign of -0.
+template <class V>
+DICACHE_LANES V repeat(double value) {
+  V result;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    result[lane] = value;
+  }
+  return result;
+}
+
+// How a dtype lies in memory: kLanes elements, decoded to fp32 or fp64, and rounded once.
 template <DType kDType>
 struct Storage;
 

@@ -7,8 +7,18 @@
 namespace dicache::cuda {
 namespace {
 
-// y may be x itself: a thread loads its elements before it stores them. No load waits for `newest` or
-// gamma: both entries are read anyway, and a block lives for one vector a thread only.
+template <class T>
+__device__ __forceinline__ T read_gamma(const CombineArguments& arguments, int64_t sample) {
+  const int64_t index = sample * arguments.gamma_stride;
+  if (sizeof(T) == sizeof(double) && arguments.gamma_is_wide) {
+    return static_cast<T>(static_cast<const double*>(arguments.gamma)[index]);
+  }
+  return static_cast<const float*>(arguments.gamma)[index];
+}
+
+// y may be x itself: a thread loads its elements before it stores them. `newest` and gamma are read
+// behind the vectors, which wait for neither (both entries are read anyway): a block lives for one
+// vector a thread only.
 template <class Format>
 __global__ void __launch_bounds__(kGpuThreads)
     combine_kernel(const __grid_constant__ CombineArguments arguments, int64_t blocks_per_sample) {
@@ -18,11 +28,6 @@ __global__ void __launch_bounds__(kGpuThreads)
   if (!is_active && !arguments.fills) {
     return;
   }
-  const int newer = arguments.samples.new_entry(part.sample);
-  const int64_t weight = part.sample * arguments.gamma_stride;
-  const T gamma = arguments.gamma_is_wide
-                      ? static_cast<T>(static_cast<const double*>(arguments.gamma)[weight])
-                      : static_cast<T>(static_cast<const float*>(arguments.gamma)[weight]);
   const Sample x = sample_of(arguments.x, part.sample);
   const Sample y = sample_of(arguments.y, part.sample);
   const Sample r0 = sample_of(arguments.r, 0, part.sample);
@@ -37,6 +42,8 @@ __global__ void __launch_bounds__(kGpuThreads)
   };
   const auto use = [&](auto width, int64_t index, const auto& loaded) {
     constexpr int k = decltype(width)::value;
+    const int newer = arguments.samples.new_entry(part.sample);
+    const T gamma = read_gamma<T>(arguments, part.sample);
     T values[k];
 #pragma unroll
     for (int i = 0; i < k; ++i) {

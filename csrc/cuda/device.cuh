@@ -19,6 +19,14 @@ cudaError_t launch(cudaStream_t stream, int64_t blocks, int threads,
   return cudaGetLastError();
 }
 
+// One 16-byte store. The compiler takes a plain one apart where the parts come from fp64 registers.
+__device__ __forceinline__ void store_16_bytes(void* to, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 // The counter's old value; it counts up to `last` and then starts at zero again. Acquire and release
 // for the whole device: what this thread stored before is visible to whoever draws a later ticket.
 __device__ __forceinline__ unsigned take_ticket(void* counter, unsigned last) {

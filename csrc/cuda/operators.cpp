@@ -3,13 +3,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <math.h>
-
-namespace dicache {
-static inline float magnitude(float value) { return fabsf(value); }
-static inline double magnitude(double value) { return fabs(value); }
-}  // namespace dicache
-
 #include "cuda/launch.h"
 #include "torch/operators.h"
 
@@ -17,7 +10,7 @@ namespace dicache {
 namespace {
 
 void expect_launched(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "The launch failed: ", cudaGetErrorString(error), ".");
+  expect(error == cudaSuccess, "The launch failed: ", cudaGetErrorString(error), ".");
 }
 
 int multiprocessors_of(int device) {
@@ -27,7 +20,7 @@ int multiprocessors_of(int device) {
   if (count == 0) {
     const cudaError_t error =
         cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error));
+    expect(error == cudaSuccess, cudaGetErrorString(error));
     if (device < kMaxDevices) {
       known[device] = count;
     }
@@ -39,7 +32,7 @@ int multiprocessors_of(int device) {
 class Cuda {
  public:
   Cuda(const Tensor& x, const std::optional<Tensor>& workspace)
-      : x_(x), workspace_(workspace), device_(x.get_device_index()), guard_(device_) {
+      : x_(x), workspace_(workspace), device_(device_of(x)), guard_(device_) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -68,17 +61,24 @@ class Cuda {
   }
 
  private:
+  // The dispatcher may come here for a CPU x if another argument lies on a GPU.
+  static int device_of(const Tensor& x) {
+    expect(x.is_cuda(), "x is not on a CUDA device, but another argument is. Expected one device.");
+    return x.get_device_index();
+  }
+
   cuda::Reduction reduction(const Samples& samples) {
     const LaunchPlan plan =
         plan_reduction(samples.batch, samples.size, multiprocessors_of(device_));
     if (workspace_) {
-      STD_TORCH_CHECK(workspace_->is_cuda() && workspace_->get_device_index() == device_ &&
+      expect(workspace_->is_cuda() && workspace_->get_device_index() == device_ &&
                           is_dense(*workspace_, 0) &&
                           workspace_->scalar_type() == ScalarType::Byte &&
-                          workspace_->numel() >= plan.workspace_bytes,
+                          workspace_->numel() >= plan.workspace_bytes &&
+                          reinterpret_cast<uintptr_t>(workspace_->data_ptr()) % 16 == 0,
                       "workspace has ", workspace_->numel(), " elements of ",
                       name_of(workspace_->scalar_type()), ". Expected at least ",
-                      plan.workspace_bytes, " contiguous bytes (uint8) on x's device, from "
+                      plan.workspace_bytes, " contiguous bytes (uint8, aligned to 16) on x's device, from "
                       "dicache.ops.make_workspace(x).");
     } else {
       const std::array<int64_t, 1> shape{plan.workspace_bytes};

@@ -77,12 +77,11 @@ cudaError_t launch_kernel(const ProbeArguments& arguments, const Reduction& redu
 }  // namespace
 
 cudaError_t launch_probe(const ProbeArguments& arguments, const Reduction& reduction) {
-  const bool with_input = arguments.x_prev.data != nullptr;
   if (arguments.rule.least_squares) {
-    return with_input ? launch_kernel<true, true>(arguments, reduction)
+    return arguments.with_input ? launch_kernel<true, true>(arguments, reduction)
                       : launch_kernel<true, false>(arguments, reduction);
   }
-  return with_input ? launch_kernel<false, true>(arguments, reduction)
+  return arguments.with_input ? launch_kernel<false, true>(arguments, reduction)
                     : launch_kernel<false, false>(arguments, reduction);
 }
 

@@ -8,11 +8,6 @@
 
 #include "cuda/device.cuh"
 
-namespace dicache {
-__device__ __forceinline__ float magnitude(float value) { return fabsf(value); }
-__device__ __forceinline__ double magnitude(double value) { return fabs(value); }
-}  // namespace dicache
-
 #include "dicache/elements.h"
 #include "dicache/launch_plan.h"
 
@@ -106,8 +101,7 @@ struct Same {
     if constexpr (kWidth == 1) {
       *to = block.element[0];
     } else {
-      // A plain store of the same sixteen bytes may be taken apart again, and was for fp64.
-      __stwb(reinterpret_cast<uint4*>(to), __builtin_bit_cast(uint4, block));
+      store_16_bytes(to, __builtin_bit_cast(uint4, block));
     }
   }
   template <int kWidth>
@@ -188,7 +182,8 @@ struct Part {
 };
 
 __device__ __forceinline__ Part part_of(int64_t blocks_per_sample) {
-  return {blockIdx.x / blocks_per_sample, blockIdx.x % blocks_per_sample, blocks_per_sample};
+  const unsigned count = static_cast<unsigned>(blocks_per_sample);  // no more than blocks
+  return {blockIdx.x / count, blockIdx.x % count, count};
 }
 
 // How many elements a call works on, as a type.

@@ -11,7 +11,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <initializer_list>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "dicache/arguments.h"
@@ -20,6 +22,16 @@ namespace dicache {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Raises RuntimeError in Python, with these parts as its text and no source file of the build in it.
+template <class... Parts>
+void expect(bool holds, const Parts&... parts) {
+  if (!holds) [[unlikely]] {
+    std::ostringstream text;
+    (text << ... << parts);
+    throw std::runtime_error(text.str());
+  }
+}
 
 inline std::string shape_of(const Tensor& tensor, bool strides = false) {
   std::ostringstream text;
@@ -45,8 +57,12 @@ inline const char* name_of(ScalarType type) {
       return "int32";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
     default:
-      return "another dtype";
+      return "that is not supported";
   }
 }
 
@@ -61,14 +77,16 @@ inline DType dtype_of(const char* name, const Tensor& tensor) {
     case ScalarType::Double:
       return DType::kFloat64;
     default:
-      STD_TORCH_CHECK(false, name, " has dtype ", name_of(tensor.scalar_type()),
-                      ". Expected bfloat16, float16, float32 or float64.");
+      break;
   }
+  expect(false, name, " has dtype ", name_of(tensor.scalar_type()),
+         ". Expected bfloat16, float16, float32 or float64.");
+  return DType::kFloat32;
 }
 
 inline void expect_type(const char* name, const Tensor& tensor, ScalarType expected,
                         const char* why) {
-  STD_TORCH_CHECK(tensor.scalar_type() == expected, name, " has dtype ",
+  expect(tensor.scalar_type() == expected, name, " has dtype ",
                   name_of(tensor.scalar_type()), ". Expected ", why, name_of(expected), ".");
 }
 
@@ -89,7 +107,7 @@ inline bool is_dense(const Tensor& tensor, int64_t first) {
 class Reader {
  public:
   explicit Reader(const Tensor& x) : x_(x) {
-    STD_TORCH_CHECK(x.dim() > 0, "x has no dimensions. Expected [B, ...], usually [B, S, D].");
+    expect(x.dim() > 0, "x has no dimensions. Expected [B, ...], usually [B, S, D].");
     batch_ = x.size(0);
     size_ = 1;
     for (int64_t dim = 1; dim < x.dim(); ++dim) {
@@ -140,7 +158,7 @@ class Reader {
   }
 
   EntrySums entry_sums(const Tensor& tensor) const {
-    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == batch_ && tensor.size(1) == kEntrySums &&
+    expect(tensor.dim() == 2 && tensor.size(0) == batch_ && tensor.size(1) == kEntrySums &&
                         is_dense(tensor, 0),
                     "entry_sums has shape ", shape_of(tensor), " and strides ",
                     shape_of(tensor, true), ". Expected [", batch_, ", 4] and contiguous.");
@@ -150,17 +168,19 @@ class Reader {
 
   // gamma [B], at any stride: one number may serve all samples.
   void gamma(const Tensor& tensor, CombineArguments& arguments) const {
-    STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == batch_, "gamma has shape ",
+    expect(tensor.dim() == 1 && tensor.size(0) == batch_, "gamma has shape ",
                     shape_of(tensor), ". Expected [", batch_, "], one weight a sample.");
     expect_device("gamma", tensor);
     arguments.gamma = tensor.data_ptr();
     arguments.gamma_stride = tensor.stride(0);
     arguments.gamma_is_wide = is_wide_sum("gamma", tensor);
+    expect(arguments.samples.is_wide || !arguments.gamma_is_wide,
+           "gamma has dtype float64. Expected float32, because neither x nor the window is float64.");
   }
 
   static bool is_wide_sum(const char* name, const Tensor& tensor) {
     const DType dtype = dtype_of(name, tensor);
-    STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64, name, " has dtype ",
+    expect(dtype == DType::kFloat32 || dtype == DType::kFloat64, name, " has dtype ",
                     name_of(tensor.scalar_type()), ". Expected float32 or float64.");
     return dtype == DType::kFloat64;
   }
@@ -171,26 +191,26 @@ class Reader {
     for (int64_t dim = 0; same && dim < x_.dim(); ++dim) {
       same = tensor.size(dim + leading) == x_.size(dim);
     }
-    STD_TORCH_CHECK(same, name, " has shape ", shape_of(tensor), " and x ", shape_of(x_),
+    expect(same, name, " has shape ", shape_of(tensor), " and x ", shape_of(x_),
                     leading ? ". Expected two entries of x's shape, [2, B, ...]."
                             : ". Expected x's shape.");
   }
 
   void expect_device(const char* name, const Tensor& tensor) const {
-    STD_TORCH_CHECK(
+    expect(
         tensor.is_cuda() == x_.is_cuda() && tensor.get_device_index() == x_.get_device_index(),
         name, " and x are on different devices. Expected one device.");
   }
 
   static void expect_dense(const char* name, const Tensor& tensor, int64_t first) {
-    STD_TORCH_CHECK(is_dense(tensor, first), name, " has shape ", shape_of(tensor),
+    expect(is_dense(tensor, first), name, " has shape ", shape_of(tensor),
                     " and strides ", shape_of(tensor, true),
                     ". The elements of one sample must be contiguous; only the batch stride is "
                     "free. Call .contiguous(), or use backend='reference'.");
   }
 
   const void* per_sample(const char* name, const Tensor& tensor, ScalarType type) const {
-    STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == batch_ && is_dense(tensor, 0), name,
+    expect(tensor.dim() == 1 && tensor.size(0) == batch_ && is_dense(tensor, 0), name,
                     " has shape ", shape_of(tensor), " and strides ", shape_of(tensor, true),
                     ". Expected [", batch_, "] and contiguous.");
     expect_type(name, tensor, type, "");
@@ -204,33 +224,79 @@ class Reader {
 };
 
 inline Rule rule_of(double low, double high, bool least_squares, bool relative_to_probe) {
-  STD_TORCH_CHECK(low <= high, "gamma is clipped to [", low, ", ", high,
+  expect(low <= high, "gamma is clipped to [", low, ", ", high,
                   "]. Expected low <= high.");
   return {low, high, least_squares, relative_to_probe};
 }
 
-// x and p may be parked in the slots that record overwrites, element by element. Any other overlap
-// with a window would be read after it was written.
-inline void expect_parked(const char* name, const Tokens& tokens, const Window& window,
-                          const Samples& samples, int64_t element_bytes) {
-  const char* begin = static_cast<const char*>(tokens.data);
-  const char* window_begin = static_cast<const char*>(window.data);
-  const int64_t last = samples.batch > 0 ? samples.batch - 1 : 0;
-  const char* end = begin + (last * tokens.batch_stride + samples.size) * element_bytes;
-  const char* window_end =
-      window_begin + (window.entry_stride + last * window.batch_stride + samples.size) *
-                         (window.dtype == DType::kFloat64   ? 8
-                          : window.dtype == DType::kFloat32 ? 4
-                                                            : 2);
-  if (end <= window_begin || window_end <= begin) {
+// A tensor's samples as ranges of bytes, to see what a launch would write twice or read too late.
+struct Rows {
+  const char* first;
+  int64_t stride;  // bytes from sample to sample
+  int64_t length;  // bytes of one sample
+  int64_t batch;
+  DType dtype;
+
+  const char* begin(int64_t sample) const { return first + sample * stride; }
+  const char* end() const { return begin(batch - 1) + length; }
+};
+
+inline int64_t bytes_of_one(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+inline Rows rows_of(const Tokens& tokens, const Samples& samples) {
+  const int64_t bytes = bytes_of_one(tokens.dtype);
+  return {static_cast<const char*>(tokens.data), tokens.batch_stride * bytes,
+          samples.size * bytes, samples.batch, tokens.dtype};
+}
+
+inline Rows rows_of(const Window& window, int entry, const Samples& samples) {
+  const int64_t bytes = bytes_of_one(window.dtype);
+  const char* first = static_cast<const char*>(window.data) + entry * window.entry_stride * bytes;
+  return {first, window.batch_stride * bytes, samples.size * bytes, samples.batch, window.dtype};
+}
+
+// Elements are read and then overwritten one by one, so a tensor that is read may be the one that is
+// written, sample for sample. Any other overlap would be read after it was written.
+inline void expect_apart(const char* read_name, const Rows& read, const char* written_name,
+                         const Rows& written) {
+  if (read.batch == 0 || read.length == 0 || read.end() <= written.first ||
+      written.end() <= read.first) {
     return;
   }
-  const bool is_entry = begin == window_begin ||
-                        begin == window_begin + window.entry_stride * element_bytes;
-  STD_TORCH_CHECK(is_entry && tokens.dtype == window.dtype &&
-                      (samples.batch <= 1 || tokens.batch_stride == window.batch_stride),
-                  name, " overlaps a window. It may be one whole entry of it, in the same dtype and "
-                  "at the same strides, or lie elsewhere.");
+  for (int64_t sample = 0; sample < read.batch; ++sample) {
+    for (int64_t other = 0; other < written.batch; ++other) {
+      const char *from = read.begin(sample), *to = written.begin(other);
+      const bool overlaps = from < to + written.length && to < from + read.length;
+      const bool is_same = from == to && sample == other && read.dtype == written.dtype;
+      expect(!overlaps || is_same, read_name, " overlaps ", written_name,
+             ", which is written. Expected the same memory in the same dtype, sample for sample, or "
+             "memory of its own.");
+    }
+  }
+}
+
+// Two samples of a written tensor must not share memory.
+inline void expect_distinct(const char* name, const Rows& rows) {
+  expect(rows.batch <= 1 || rows.length == 0 || rows.stride >= rows.length, name,
+         " is written, and its samples overlap (batch stride ", rows.stride, " bytes, samples of ",
+         rows.length, " bytes). Expected samples with memory of their own.");
+}
+
+inline void expect_distinct(const char* name, const Window& window, const Samples& samples) {
+  const Rows first = rows_of(window, 0, samples), second = rows_of(window, 1, samples);
+  expect_distinct(name, first);
+  if (first.batch == 0 || first.length == 0 || first.end() <= second.first) {
+    return;
+  }
+  for (int64_t sample = 0; sample < first.batch; ++sample) {
+    for (int64_t other = 0; other < second.batch; ++other) {
+      const char *one = first.begin(sample), *two = second.begin(other);
+      expect(two >= one + first.length || one >= two + second.length, name,
+             " is written, and its two entries overlap. Expected entries with memory of their own.");
+    }
+  }
 }
 
 }  // namespace dicache

@@ -6,6 +6,8 @@
 
 #include <array>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "dicache/elements.h"
 #include "torch/checked.h"
@@ -39,11 +41,13 @@ struct Operators {
                              read.tokens("p", p),
                              read.tokens("p_prev", p_prev, p),
                              read.tokens("x_prev", x_prev, x),
+                             x_prev.has_value(),
                              read.window("probe_window", probe_window, p),
                              read.entry_sums(entry_sums),
                              rule_of(low, high, least_squares, false),
                              nullptr,
                              nullptr};
+    expect_separate(arguments);
     Tensor sums = empty_like_rows(x, read.batch(), x_prev ? 7 : 5, wide);
     Tensor result = empty_like_rows(x, read.batch() + 1, 2, wide);
     arguments.sums = sums.data_ptr();
@@ -85,13 +89,12 @@ struct Operators {
 
   static Tensor combine_residuals(Tensor x, Tensor residual_window, Tensor newest, Tensor gamma,
                                   std::optional<Tensor> active) {
-    std::array<int64_t, 8> shape;
-    STD_TORCH_CHECK(x.dim() <= 8, "x has ", x.dim(), " dimensions. Expected at most 8.");
+    dtype_of("residual_window", residual_window);  // before a tensor of this dtype is made
+    std::vector<int64_t> shape(x.dim());
     for (int64_t dim = 0; dim < x.dim(); ++dim) {
       shape[dim] = x.size(dim);
     }
-    const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape.data(), x.dim());
-    Tensor y = torch::stable::new_empty(x, sizes, residual_window.scalar_type());
+    Tensor y = torch::stable::new_empty(x, shape, residual_window.scalar_type());
     combine_into(x, residual_window, newest, gamma, active, y, true);
     return y;
   }
@@ -113,11 +116,7 @@ struct Operators {
                               read.window("probe_window", probe_window, p),
                               read.entry_sums(entry_sums),
                               first};
-    for (const Window& window : {arguments.r, arguments.q}) {
-      expect_parked("x", arguments.x, window, arguments.samples, x.element_size());
-      expect_parked("p", arguments.p, window, arguments.samples, p.element_size());
-      expect_parked("y", arguments.y, window, arguments.samples, y.element_size());
-    }
+    expect_separate(arguments);
     Backend(x, workspace).record(arguments);
   }
 
@@ -146,16 +145,61 @@ struct Operators {
                                false,
                                fills};
     read.gamma(gamma, arguments);
+    if (!fills) {
+      expect_separate(arguments);
+    }
     Backend(x, std::nullopt).combine(arguments);
   }
 
-  static Tensor finish_statistics(const Tensor& sums, const Rule& rule,
+  static void expect_separate(const ProbeArguments& arguments) {
+    const Samples& samples = arguments.samples;
+    const Rows x = rows_of(arguments.x, samples), p = rows_of(arguments.p, samples);
+    const Rows p_prev = rows_of(arguments.p_prev, samples);
+    expect_distinct("p_prev", p_prev);
+    expect_apart("p", p, "p_prev", p_prev);
+    expect_apart("x", x, "p_prev", p_prev);
+    for (const int entry : {0, 1}) {
+      expect_apart("probe_window", rows_of(arguments.q, entry, samples), "p_prev", p_prev);
+    }
+    if (arguments.with_input) {
+      const Rows x_prev = rows_of(arguments.x_prev, samples);
+      expect_distinct("x_prev", x_prev);
+      expect_apart("x", x, "x_prev", x_prev);
+      expect_apart("p", p, "x_prev", x_prev);
+    }
+  }
+
+  static void expect_separate(const CombineArguments& arguments) {
+    const Rows out = rows_of(arguments.y, arguments.samples);
+    expect_distinct("out", out);
+    expect_apart("x", rows_of(arguments.x, arguments.samples), "out", out);
+    for (const int entry : {0, 1}) {
+      expect_apart("residual_window", rows_of(arguments.r, entry, arguments.samples), "out", out);
+    }
+  }
+
+  // x and p may be parked in the entries that record overwrites.
+  static void expect_separate(const RecordArguments& arguments) {
+    const Samples& samples = arguments.samples;
+    expect_distinct("residual_window", arguments.r, samples);
+    expect_distinct("probe_window", arguments.q, samples);
+    for (const int entry : {0, 1}) {
+      const Rows r = rows_of(arguments.r, entry, samples), q = rows_of(arguments.q, entry, samples);
+      for (const auto& [name, read] : {std::pair{"x", rows_of(arguments.x, samples)},
+                                       std::pair{"p", rows_of(arguments.p, samples)},
+                                       std::pair{"y", rows_of(arguments.y, samples)}}) {
+        expect_apart(name, read, "residual_window", r);
+        expect_apart(name, read, "probe_window", q);
+      }
+    }
+  }
+
+  static Tensor finish_statistics(const Tensor& given, const Rule& rule,
                                   std::array<int64_t, 2> columns) {
-    STD_TORCH_CHECK(sums.dim() == 2 && is_dense(sums, 0) &&
-                        (sums.size(1) == columns[0] || sums.size(1) == columns[1]),
-                    "sums has shape ", shape_of(sums), " and strides ", shape_of(sums, true),
-                    ". Expected [B, ", columns[0], "]",
-                    columns[0] == columns[1] ? "" : " or [B, 7]", " and contiguous.");
+    expect(given.dim() == 2 && (given.size(1) == columns[0] || given.size(1) == columns[1]),
+           "sums has shape ", shape_of(given), ". Expected [B, ", columns[0], "]",
+           columns[0] == columns[1] ? "" : " or [B, 7]", ".");
+    const Tensor sums = is_dense(given, 0) ? given : torch::stable::contiguous(given);
     const bool wide = Reader::is_wide_sum("sums", sums);
     Tensor result = empty_like_rows(sums, sums.size(0) + 1, 2, wide);
     Backend(sums, std::nullopt)

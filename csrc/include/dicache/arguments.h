@@ -68,7 +68,8 @@ struct Rule {
 
 struct ProbeArguments {
   Samples samples;
-  Tokens x, p, p_prev, x_prev;  // x_prev.data may be null: no delta_minus
+  Tokens x, p, p_prev, x_prev;
+  bool with_input;  // delta_minus: x_prev is there (an empty tensor has no data to tell by)
   Window q;
   EntrySums entry_sums;
   Rule rule;
@@ -99,7 +100,7 @@ struct CombineArguments {
   Window r;
   const void* gamma;
   int64_t gamma_stride;
-  bool gamma_is_wide;
+  bool gamma_is_wide;  // only where samples.is_wide
   bool fills;  // y is a new tensor: inactive samples become zero instead of staying as they are
 };
 

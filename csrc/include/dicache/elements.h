@@ -5,8 +5,10 @@
 // be fused with an addition (-ffp-contract=off, --fmad=false): then y and the recorded residuals
 // are bitwise equal in every backend and in the plain PyTorch reference.
 //
-// Before it includes this file, a body declares `V magnitude(V)`, the absolute value.
+// A body with SIMD vectors declares `V magnitude(V)`, the absolute value, before it includes this file.
 #pragma once
+
+#include <math.h>
 
 #include "dicache/arguments.h"
 
@@ -19,6 +21,9 @@
 #endif
 
 namespace dicache {
+
+DICACHE_INLINE float magnitude(float value) { return fabsf(value); }
+DICACHE_INLINE double magnitude(double value) { return fabs(value); }
 
 // sum|p - p_prev|, sum|p_prev|, gamma's numerator; for delta_minus sum|x - x_prev|, sum|x_prev|.
 // With a = q - q_old and d = q_new - q_old, gamma's numerator is sum|a| or <a, d>.

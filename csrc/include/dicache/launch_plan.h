@@ -6,8 +6,7 @@
 
 namespace dicache {
 
-// One vector step of a GPU thread, and of the CPU body's lanes. In bf16 eight elements are one
-// 16-byte load.
+// Elements a GPU thread takes in one step: of 16 bits, one 16-byte load.
 constexpr int kGpuVector = 8;
 constexpr int kGpuThreads = 256;
 // 4 x 256 threads leave 64 registers each, enough to keep two vectors of five streams in flight.
@@ -42,7 +41,8 @@ inline LaunchPlan plan_reduction(int64_t batch, int64_t size, int multiprocessor
           kWorkspaceHeaderBytes + kWorkspaceBytesPerBlock * blocks};
 }
 
-// Combine: a thread takes one vector and ends, so the grid is as large as the tensor.
+// Combine: a thread takes eight elements (a vector of bf16, two of fp32) and ends, so the grid is as
+// large as the tensor.
 inline LaunchPlan plan_elementwise(int64_t batch, int64_t size) {
   const int64_t per_sample = ceil_divide(size, int64_t{kGpuThreads} * kGpuVector);
   return {per_sample, per_sample * batch, kGpuThreads, 0};

@@ -86,11 +86,6 @@ T __ldcg(const T* pointer) {
   return *pointer;
 }
 
-template <class T>
-void __stwb(T* pointer, T value) {
-  *pointer = value;
-}
-
 namespace dicache::cuda {
 
 template <class... Parameters>
@@ -99,6 +94,8 @@ cudaError_t launch(cudaStream_t, int64_t blocks, int threads, void (*kernel)(Par
   emulator::run_grid(blocks, threads, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
+
+inline void store_16_bytes(void* to, uint4 value) { std::memcpy(to, &value, sizeof(value)); }
 
 inline unsigned take_ticket(void* counter, unsigned last) {
   unsigned* count = static_cast<unsigned*>(counter);
