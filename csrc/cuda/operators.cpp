@@ -10,7 +10,7 @@ namespace dicache {
 namespace {
 
 void expect_launched(cudaError_t error) {
-  expect(error == cudaSuccess, "The launch failed: ", cudaGetErrorString(error), ".");
+  DICACHE_EXPECT(error == cudaSuccess, "The launch failed: ", cudaGetErrorString(error), ".");
 }
 
 int multiprocessors_of(int device) {
@@ -20,7 +20,7 @@ int multiprocessors_of(int device) {
   if (count == 0) {
     const cudaError_t error =
         cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    expect(error == cudaSuccess, cudaGetErrorString(error));
+    DICACHE_EXPECT(error == cudaSuccess, cudaGetErrorString(error));
     if (device < kMaxDevices) {
       known[device] = count;
     }
@@ -63,7 +63,7 @@ class Cuda {
  private:
   // The dispatcher may come here for a CPU x if another argument lies on a GPU.
   static int device_of(const Tensor& x) {
-    expect(x.is_cuda(), "x is not on a CUDA device, but another argument is. Expected one device.");
+    DICACHE_EXPECT(x.is_cuda(), "x is not on a CUDA device, but another argument is. Expected one device.");
     return x.get_device_index();
   }
 
@@ -71,7 +71,7 @@ class Cuda {
     const LaunchPlan plan =
         plan_reduction(samples.batch, samples.size, multiprocessors_of(device_));
     if (workspace_) {
-      expect(workspace_->is_cuda() && workspace_->get_device_index() == device_ &&
+      DICACHE_EXPECT(workspace_->is_cuda() && workspace_->get_device_index() == device_ &&
                           is_dense(*workspace_, 0) &&
                           workspace_->scalar_type() == ScalarType::Byte &&
                           workspace_->numel() >= plan.workspace_bytes &&

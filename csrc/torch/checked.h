@@ -25,13 +25,19 @@ using torch::stable::Tensor;
 
 // Raises RuntimeError in Python, with these parts as its text and no source file of the build in it.
 template <class... Parts>
-void expect(bool holds, const Parts&... parts) {
-  if (!holds) [[unlikely]] {
-    std::ostringstream text;
-    (text << ... << parts);
-    throw std::runtime_error(text.str());
-  }
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
 }
+
+// A macro, so that the parts of a message are put together only where it is needed.
+#define DICACHE_EXPECT(holds, ...)     \
+  do {                                 \
+    if (!(holds)) [[unlikely]] {       \
+      ::dicache::fail(__VA_ARGS__);    \
+    }                                  \
+  } while (false)
 
 inline std::string shape_of(const Tensor& tensor, bool strides = false) {
   std::ostringstream text;
@@ -79,14 +85,13 @@ inline DType dtype_of(const char* name, const Tensor& tensor) {
     default:
       break;
   }
-  expect(false, name, " has dtype ", name_of(tensor.scalar_type()),
-         ". Expected bfloat16, float16, float32 or float64.");
-  return DType::kFloat32;
+  fail(name, " has dtype ", name_of(tensor.scalar_type()),
+       ". Expected bfloat16, float16, float32 or float64.");
 }
 
 inline void expect_type(const char* name, const Tensor& tensor, ScalarType expected,
                         const char* why) {
-  expect(tensor.scalar_type() == expected, name, " has dtype ",
+  DICACHE_EXPECT(tensor.scalar_type() == expected, name, " has dtype ",
                   name_of(tensor.scalar_type()), ". Expected ", why, name_of(expected), ".");
 }
 
@@ -107,7 +112,7 @@ inline bool is_dense(const Tensor& tensor, int64_t first) {
 class Reader {
  public:
   explicit Reader(const Tensor& x) : x_(x) {
-    expect(x.dim() > 0, "x has no dimensions. Expected [B, ...], usually [B, S, D].");
+    DICACHE_EXPECT(x.dim() > 0, "x has no dimensions. Expected [B, ...], usually [B, S, D].");
     batch_ = x.size(0);
     size_ = 1;
     for (int64_t dim = 1; dim < x.dim(); ++dim) {
@@ -158,7 +163,7 @@ class Reader {
   }
 
   EntrySums entry_sums(const Tensor& tensor) const {
-    expect(tensor.dim() == 2 && tensor.size(0) == batch_ && tensor.size(1) == kEntrySums &&
+    DICACHE_EXPECT(tensor.dim() == 2 && tensor.size(0) == batch_ && tensor.size(1) == kEntrySums &&
                         is_dense(tensor, 0),
                     "entry_sums has shape ", shape_of(tensor), " and strides ",
                     shape_of(tensor, true), ". Expected [", batch_, ", 4] and contiguous.");
@@ -168,19 +173,19 @@ class Reader {
 
   // gamma [B], at any stride: one number may serve all samples.
   void gamma(const Tensor& tensor, CombineArguments& arguments) const {
-    expect(tensor.dim() == 1 && tensor.size(0) == batch_, "gamma has shape ",
+    DICACHE_EXPECT(tensor.dim() == 1 && tensor.size(0) == batch_, "gamma has shape ",
                     shape_of(tensor), ". Expected [", batch_, "], one weight a sample.");
     expect_device("gamma", tensor);
     arguments.gamma = tensor.data_ptr();
     arguments.gamma_stride = tensor.stride(0);
     arguments.gamma_is_wide = is_wide_sum("gamma", tensor);
-    expect(arguments.samples.is_wide || !arguments.gamma_is_wide,
+    DICACHE_EXPECT(arguments.samples.is_wide || !arguments.gamma_is_wide,
            "gamma has dtype float64. Expected float32, because neither x nor the window is float64.");
   }
 
   static bool is_wide_sum(const char* name, const Tensor& tensor) {
     const DType dtype = dtype_of(name, tensor);
-    expect(dtype == DType::kFloat32 || dtype == DType::kFloat64, name, " has dtype ",
+    DICACHE_EXPECT(dtype == DType::kFloat32 || dtype == DType::kFloat64, name, " has dtype ",
                     name_of(tensor.scalar_type()), ". Expected float32 or float64.");
     return dtype == DType::kFloat64;
   }
@@ -191,26 +196,26 @@ class Reader {
     for (int64_t dim = 0; same && dim < x_.dim(); ++dim) {
       same = tensor.size(dim + leading) == x_.size(dim);
     }
-    expect(same, name, " has shape ", shape_of(tensor), " and x ", shape_of(x_),
+    DICACHE_EXPECT(same, name, " has shape ", shape_of(tensor), " and x ", shape_of(x_),
                     leading ? ". Expected two entries of x's shape, [2, B, ...]."
                             : ". Expected x's shape.");
   }
 
   void expect_device(const char* name, const Tensor& tensor) const {
-    expect(
+    DICACHE_EXPECT(
         tensor.is_cuda() == x_.is_cuda() && tensor.get_device_index() == x_.get_device_index(),
         name, " and x are on different devices. Expected one device.");
   }
 
   static void expect_dense(const char* name, const Tensor& tensor, int64_t first) {
-    expect(is_dense(tensor, first), name, " has shape ", shape_of(tensor),
+    DICACHE_EXPECT(is_dense(tensor, first), name, " has shape ", shape_of(tensor),
                     " and strides ", shape_of(tensor, true),
                     ". The elements of one sample must be contiguous; only the batch stride is "
                     "free. Call .contiguous(), or use backend='reference'.");
   }
 
   const void* per_sample(const char* name, const Tensor& tensor, ScalarType type) const {
-    expect(tensor.dim() == 1 && tensor.size(0) == batch_ && is_dense(tensor, 0), name,
+    DICACHE_EXPECT(tensor.dim() == 1 && tensor.size(0) == batch_ && is_dense(tensor, 0), name,
                     " has shape ", shape_of(tensor), " and strides ", shape_of(tensor, true),
                     ". Expected [", batch_, "] and contiguous.");
     expect_type(name, tensor, type, "");
@@ -224,7 +229,7 @@ class Reader {
 };
 
 inline Rule rule_of(double low, double high, bool least_squares, bool relative_to_probe) {
-  expect(low <= high, "gamma is clipped to [", low, ", ", high,
+  DICACHE_EXPECT(low <= high, "gamma is clipped to [", low, ", ", high,
                   "]. Expected low <= high.");
   return {low, high, least_squares, relative_to_probe};
 }
@@ -270,7 +275,7 @@ inline void expect_apart(const char* read_name, const Rows& read, const char* wr
       const char *from = read.begin(sample), *to = written.begin(other);
       const bool overlaps = from < to + written.length && to < from + read.length;
       const bool is_same = from == to && sample == other && read.dtype == written.dtype;
-      expect(!overlaps || is_same, read_name, " overlaps ", written_name,
+      DICACHE_EXPECT(!overlaps || is_same, read_name, " overlaps ", written_name,
              ", which is written. Expected the same memory in the same dtype, sample for sample, or "
              "memory of its own.");
     }
@@ -279,7 +284,7 @@ inline void expect_apart(const char* read_name, const Rows& read, const char* wr
 
 // Two samples of a written tensor must not share memory.
 inline void expect_distinct(const char* name, const Rows& rows) {
-  expect(rows.batch <= 1 || rows.length == 0 || rows.stride >= rows.length, name,
+  DICACHE_EXPECT(rows.batch <= 1 || rows.length == 0 || rows.stride >= rows.length, name,
          " is written, and its samples overlap (batch stride ", rows.stride, " bytes, samples of ",
          rows.length, " bytes). Expected samples with memory of their own.");
 }
@@ -293,7 +298,7 @@ inline void expect_distinct(const char* name, const Window& window, const Sample
   for (int64_t sample = 0; sample < first.batch; ++sample) {
     for (int64_t other = 0; other < second.batch; ++other) {
       const char *one = first.begin(sample), *two = second.begin(other);
-      expect(two >= one + first.length || one >= two + second.length, name,
+      DICACHE_EXPECT(two >= one + first.length || one >= two + second.length, name,
              " is written, and its two entries overlap. Expected entries with memory of their own.");
     }
   }

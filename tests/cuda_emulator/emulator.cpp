@@ -104,7 +104,7 @@ class EmulatedCuda {
       workspace_ = torch::stable::new_empty(x_, shape, ScalarType::Byte);
       std::memset(workspace_->data_ptr(), 0, sizeof(unsigned));
     }
-    expect(workspace_->numel() >= plan.workspace_bytes, "workspace is too small");
+    DICACHE_EXPECT(workspace_->numel() >= plan.workspace_bytes, "workspace is too small");
     return {plan, workspace_->data_ptr(), nullptr};
   }
 
