@@ -87,6 +87,7 @@ class DiCacheSession:
         resolve_backend(config.backend)  # in the middle of the first run
         self.config = config
         self.stats = RunStats()
+        self.ascending_timesteps = ascending_timesteps
         self._direction = 1.0 if ascending_timesteps else -1.0
         self._contexts: dict[str, _Context] = {}
         self.num_inference_steps: int | None = None

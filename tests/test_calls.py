@@ -17,6 +17,7 @@ from tiny_pipelines import pipeline, run
 from torch import nn
 
 from dicache import DiCacheConfig, DiCacheWarning, apply_dicache, get_stats, remove_dicache
+from dicache.integrations import calls as tracker
 
 ALWAYS = DiCacheConfig(threshold=float("inf"), retention_ratio=0, compute_last_step=False)
 LETTERS = {"compute": "C", "resume": "c", "reuse": "R"}
@@ -134,3 +135,27 @@ def test_an_interrupted_call_leaves_nothing_behind():
     handle.remove()
     model(**steps[2])
     assert schedule(model, "branch0") == "C"
+
+
+@pytest.mark.parametrize("kind", ["flux", "wan"])
+def test_a_pipelines_timesteps_are_read_once_a_run(kind, monkeypatch):
+    """A tensor read on the host makes the host wait for the device, in every step if it must be."""
+    read = []
+    original = tracker.as_number
+
+    def as_number(timestep: Any) -> Any:
+        read.append(isinstance(timestep, torch.Tensor))
+        return original(timestep)
+
+    pipe = pipeline(kind)
+    apply_dicache(pipe, DiCacheConfig(threshold=float("inf"), retention_ratio=0.2))
+    expected = pipeline(kind)
+    apply_dicache(expected, DiCacheConfig(threshold=float("inf"), retention_ratio=0.2))
+    plain = run(kind, expected, num_steps=8)
+    monkeypatch.setattr(tracker, "as_number", as_number)
+    monkeypatch.setattr("dicache.session.as_number", as_number)
+    got = run(kind, pipe, num_steps=8)
+    assert read.count(True) <= 1
+    assert torch.equal(got, plain)
+    context = next(iter(get_stats(pipe)["transformer"].contexts))
+    assert schedule(pipe, context) == "CRRRRRRC"

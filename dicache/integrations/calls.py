@@ -4,6 +4,9 @@ Pipelines tell little of that, and each tells something else. The tracker reads 
 `cache_context` of the call, the scheduler of the pipeline that the cache was applied to, the
 timestep, the identity of the text embedding. What it cannot find out it leaves open, and the
 session then computes.
+
+Reading a timestep from a tensor waits for the device. Where the scheduler is known, its timesteps
+are read once a run and its position tells which of them a call is at, so that no step waits.
 """
 
 from __future__ import annotations
@@ -61,15 +64,17 @@ class CallTracker:
         self._branches: dict[str, weakref.ref[Any]] = {}
         self._num_branches = 0
         self._timesteps: weakref.ref[Any] | None = None
+        self._known_timesteps: list[float] = []  # the same on the host
         self._begin = 0  # where the run began in these timesteps
-        self._last_seen: tuple[float | None, int | None] = (None, None)
+        self._last_seen: tuple[Any, int | None] = (None, None)  # timestep and position
         self._is_idle = False  # whether another scheduler than ours drives the run
         self._step_indices: dict[str, int] = {}  # of each context's last call
 
     def open_step(self, arguments: dict[str, Any]) -> Step:
         """The step that a call of the transformer with these arguments is."""
-        timestep = as_number(arguments.get("timestep"))
-        num_steps, is_last = self._position(timestep)
+        given = arguments.get("timestep")
+        num_steps, is_last, index = self._position(given)
+        timestep = as_number(given) if index is None else self._known_timesteps[index]
         self.session.observe(timestep, num_steps)
         if not self.session.stats.contexts:  # a run begins: its branches are named anew
             self._branches.clear()
@@ -112,16 +117,21 @@ class CallTracker:
             del self._branches[name]
             self.session.warn("branches", _UNKNOWN_BRANCH)
 
-    def _position(self, timestep: float | None) -> tuple[int | None, bool | None]:
-        """Number of steps, and whether this is the last one, as far as the pipeline tells."""
-        given = self.context.current
-        if given is not None and given.num_inference_steps is not None:
-            return self._position_in_context(given)
+    def _position(self, timestep: Any) -> tuple[int | None, bool | None, int | None]:
+        """Number of steps, whether this is the last one, and its index in the known timesteps.
+
+        Each is `None` as far as the pipeline does not tell.
+        """
         pipeline = None if self._pipeline is None else self._pipeline()
         self._scheduler = getattr(pipeline, "scheduler", self._scheduler)
         if getattr(self._scheduler, "timesteps", None) is None:
-            return None, None
-        return self._position_in_schedule(self._scheduler, timestep)
+            num_steps, is_last, index = None, None, None
+        else:
+            num_steps, is_last, index = self._position_in_schedule(self._scheduler, timestep)
+        given = self.context.current
+        if given is not None and given.num_inference_steps is not None:
+            num_steps, is_last = self._position_in_context(given)
+        return num_steps, is_last, index
 
     def _position_in_context(self, given: Any) -> tuple[int, bool | None]:
         index, steps = given.step_index, given.num_inference_steps
@@ -133,41 +143,55 @@ class CallTracker:
         return steps, index >= steps - 1
 
     def _position_in_schedule(
-        self, scheduler: Any, timestep: float | None
-    ) -> tuple[int | None, bool | None]:
+        self, scheduler: Any, timestep: Any
+    ) -> tuple[int | None, bool | None, int | None]:
         timesteps = scheduler.timesteps
         position = getattr(scheduler, "step_index", None)
         if self._timesteps is None or self._timesteps() is not timesteps:
-            self.reset()  # set_timesteps was called: a new run
-            self._timesteps = weakref.ref(timesteps)
-            self._begin = _index_of(timestep, timesteps)
-            self._last_seen = (timestep, position)
-            self._is_idle = False
+            self._begin_schedule(scheduler, timestep, position)
         if self._stands_still(scheduler, timestep, position):
             self._is_idle = True  # another pipeline runs, with a scheduler of its own
         self._last_seen = (timestep, position)
         if self._is_idle:
-            return None, None
+            return None, None, None
         begin = getattr(scheduler, "begin_index", None)
         begin = self._begin if begin is None else begin
         is_last = None if position is None else position >= len(timesteps) - 1
-        return len(timesteps) - begin, is_last
+        return len(timesteps) - begin, is_last, self._index(scheduler, position, begin)
 
-    def _stands_still(self, scheduler: Any, timestep: float | None, position: int | None) -> bool:
+    def _begin_schedule(self, scheduler: Any, timestep: Any, position: int | None) -> None:
+        """`set_timesteps` was called: a new run."""
+        self.reset()
+        self._timesteps = weakref.ref(scheduler.timesteps)
+        self._known_timesteps = scheduler.timesteps.tolist()
+        if getattr(scheduler, "begin_index", None) is None:
+            self._begin = _index_of(as_number(timestep), self._known_timesteps)
+        self._last_seen = (timestep, position)
+        self._is_idle = False
+
+    def _index(self, scheduler: Any, position: int | None, begin: int) -> int | None:
+        """Where this call is in the scheduler's timesteps, if they are the model's and it tells."""
+        if self.session.ascending_timesteps or not hasattr(scheduler, "step_index"):
+            return None
+        index = begin if position is None else position
+        return index if index < len(self._known_timesteps) else None
+
+    def _stands_still(self, scheduler: Any, timestep: Any, position: int | None) -> bool:
         """Whether the scheduler has no part in this run: finished, or not moving with it."""
         if not hasattr(scheduler, "step_index"):  # this kind does not count its steps
             return False
         if position is not None and position >= len(scheduler.timesteps):
             return True
         last_timestep, last_position = self._last_seen
-        return timestep != last_timestep and position == last_position
+        if position != last_position or timestep is last_timestep:
+            return False
+        return as_number(timestep) != as_number(last_timestep)
 
 
-def _index_of(timestep: float | None, timesteps: Any) -> int:
+def _index_of(timestep: float | None, timesteps: list[float]) -> int:
     """Which of the scheduler's timesteps a run begins with.
 
     Some video-to-video pipelines leave out the first ones without telling the scheduler. Pipelines
     that scale or round the timestep do tell it, so an unknown value stands for the first one.
     """
-    values = timesteps.tolist()
-    return values.index(timestep) if timestep in values else 0
+    return timesteps.index(timestep) if timestep in timesteps else 0
