@@ -259,7 +259,6 @@ class Step:
     def action(self) -> str:
         return self._decision.action
 
-    @torch.no_grad()
     def probe(self, x: Tensor, p: Tensor) -> Decision:
         """Judge the step by its probe; waits for the device once.
 
@@ -280,8 +279,8 @@ class Step:
         if not self.needs_probe:  # the layout was new: this is now the first step of a run
             return self._decision
         gate = self._state.gate
-        result = trajectory.statistics(x, p)[-1]  # (error, gamma) of the whole batch
-        error, gamma = result.tolist()
+        result = trajectory.statistics(x, p)  # [B + 1, 2]
+        error, gamma = result.tolist()[-1]  # of the whole batch
         if self._session.config.error == "weighted_alignment":
             error *= self._size
         action = gate.decide(error, gamma)
@@ -293,7 +292,8 @@ class Step:
                 f"gamma {gamma}, so the step is computed. NaN or infinity in the model's hidden "
                 f"states is the usual cause.",
             )
-        self._gamma = result[1]
+        batch = x.shape[0]
+        self._gamma = result.as_strided((batch,), (0,), 2 * batch + 1)  # the same for all samples
         self._decision = Decision(action, error, gate.accumulated_error, gamma)
         return self._decision
 
@@ -306,7 +306,6 @@ class Step:
         """
         return self._matching_trajectory(x, p).hold(x, p)
 
-    @torch.no_grad()
     def reuse(self, x: Tensor) -> Tensor:
         """End the step without its remaining blocks: y = x + r_old + gamma (r_new - r_old).
 

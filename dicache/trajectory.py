@@ -86,15 +86,14 @@ class Trajectory:
         return held_x, self.probe_window[self._older_slot].copy_(p)
 
     def combine(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """y = x + r_old + gamma (r_new - r_old); gamma [] on the device, for the whole batch."""
+        """y = x + r_old + gamma (r_new - r_old); gamma [B] on the device."""
         if gamma.dtype != torch.float32 and torch.float64 not in (
             x.dtype,
             self.residual_window.dtype,
         ):
             gamma = gamma.float()  # an fp64 probe beside other tokens
-        weights = gamma.expand(x.shape[0])
         self._stored_probe = False
-        return self.ops.combine_residuals(_dense(x), self.residual_window, self.newest, weights)
+        return self.ops.combine_residuals(_dense(x), self.residual_window, self.newest, gamma)
 
     def record(self, x: Tensor, p: Tensor, y: Tensor) -> None:
         """Push this step's residuals into the window; x and p may come from `hold`."""

@@ -157,8 +157,7 @@ class Cpu {
 
   void combine(const CombineArguments& arguments) const {
     const auto body = bodies(arguments.samples.is_wide, {arguments.x.dtype, arguments.r.dtype});
-    torch::stable::parallel_for(
-        0, tasks(arguments.samples), kTasksPerThread,
+    run(arguments.samples,
         [&](int64_t begin, int64_t end) { body.combine(arguments, begin, end); });
   }
 
@@ -179,14 +178,23 @@ class Cpu {
  private:
   static int64_t tasks(const Samples& samples) { return samples.batch * cpu_chunks(samples.size); }
 
+  template <class Body>
+  static void run(const Samples& samples, const Body& body) {
+    const int64_t count = tasks(samples);
+    if (count <= kTasksPerThread) {  // not even asking for threads
+      body(int64_t{0}, count);
+    } else {
+      torch::stable::parallel_for(0, count, kTasksPerThread, body);
+    }
+  }
+
   template <class Arguments>
   static std::vector<double> reduce(void (*body)(const Arguments&, int64_t, int64_t, double*),
                                     const Arguments& arguments) {
     std::vector<double> partials(tasks(arguments.samples) * kMaxPartials);
-    torch::stable::parallel_for(0, tasks(arguments.samples), kTasksPerThread,
-                                [&](int64_t begin, int64_t end) {
-                                  body(arguments, begin, end, partials.data());
-                                });
+    run(arguments.samples, [&](int64_t begin, int64_t end) {
+      body(arguments, begin, end, partials.data());
+    });
     return add_partials(arguments.samples, partials);
   }
 };

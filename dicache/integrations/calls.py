@@ -70,16 +70,15 @@ class CallTracker:
         self._is_idle = False  # whether another scheduler than ours drives the run
         self._step_indices: dict[str, int] = {}  # of each context's last call
 
-    def open_step(self, arguments: dict[str, Any]) -> Step:
-        """The step that a call of the transformer with these arguments is."""
-        given = arguments.get("timestep")
+    def open_step(self, given: Any, text: Any) -> Step:
+        """The step that a call of the transformer with this timestep and text embedding is."""
         num_steps, is_last, index = self._position(given)
         timestep = as_number(given) if index is None else self._known_timesteps[index]
         self.session.observe(timestep, num_steps)
         if not self.session.stats.contexts:  # a run begins: its branches are named anew
             self._branches.clear()
             self._num_branches = 0
-        name = self._context_name(arguments.get("encoder_hidden_states"))
+        name = self._context_name(text)
         return self.session.step(
             name, timestep=timestep, num_inference_steps=num_steps, is_last=is_last
         )

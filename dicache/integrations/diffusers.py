@@ -1,9 +1,10 @@
-"""DiCache in diffusers models: a root hook opens a step, a hook on every block asks it what to do.
+"""DiCache in diffusers models: hooks on the root open a step, the calls of its blocks follow it.
 
-The root hook asks the `CallTracker` which context and run a call belongs to. The hook of the last
-probe block asks the session for a decision. On a reused step the blocks between pass their input
-through, and the last one returns x plus the approximated residual whatever it was given: residuals
-that the model adds between blocks (ControlNet) are part of y - x and must not count twice.
+The hook on the root asks the `CallTracker` which context and run a call belongs to. The call of the
+last probe block asks the session for a decision. On a reused step the blocks between pass their
+input through, and the last one returns x plus the approximated residual whatever it was given:
+residuals that the model adds between blocks (ControlNet) are part of y - x, and must not count
+twice.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -117,57 +119,114 @@ class _TransformerCache:
         ascending = family.ascending_timesteps
         self.session = DiCacheSession(resolved, ascending_timesteps=ascending)
         self.calls = CallTracker(self.session, pipeline)
-        self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+        parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
+        self._arguments = [
+            (name, parameters.index(name) if name in parameters else len(parameters))
+            for name in ("timestep", "encoder_hidden_states")
+        ]
         self.step: Step | None = None  # set while the transformer runs
         self.x: Tensor | None = None  # [B, S, D] tokens before block 0, as long as needed
         self.p: Tensor | None = None  # [B, S, D] tokens after the probe
         self.num_tokens = 0
+        self.skips = False  # whether blocks pass their input through, after the decision to reuse
+        corners = {0, config.probe_depth - 1, len(self.blocks) - 1}
+        self.block_calls = [
+            _CornerCall(self, block, stack, index)
+            if index in corners
+            else _BlockCall(self, block, stack)
+            for index, (block, stack) in enumerate(self.blocks)
+        ]
+        self.corner_calls = [self.block_calls[index] for index in sorted(corners)]
 
     def attach(self) -> None:
-        """Register the hooks; the root hook makes the cache visible to diffusers.
-
-        Steps are opened and closed by torch's own hooks: offloading replaces a model's `forward`
-        at the end of every call, and whatever wraps it is lost.
-        """
+        """Take the place of the calls; the root hook makes the cache visible to diffusers."""
         registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
         registry.register_hook(_RootHook(self), _HOOK)
         self._root_forward = self.transformer.forward
-        self._handles = (
-            self.transformer.register_forward_pre_hook(self._open_step, with_kwargs=True),
-            self.transformer.register_forward_hook(self._close_step, always_call=True),
-        )
-        for index, (block, stack) in enumerate(self.blocks):
-            hook = _BlockHook(self, block, stack, index)
-            HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, _HOOK)
+        for call in self.block_calls:
+            call.install()
+        self._take_root_call()
         registry.invalidate_child_registries_cache()
         self.transformer._cache_config = self.config  # type: ignore[assignment]
 
     def detach(self) -> None:
-        """Take the hooks off and free the state."""
+        """Give the calls back and free the state."""
         self.calls.reset()
-        for handle in self._handles:
-            handle.remove()
+        for call in self.block_calls:
+            call.uninstall()
+        self.transformer._compiled_call_impl = self._compiled_before
+        del self.transformer.compile  # the instance's; the class has its own
         registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
         forward = self.transformer.forward
-        registry.remove_hook(_HOOK, recurse=True)
+        registry.remove_hook(_HOOK, recurse=False)
         if forward is not self._root_forward:  # put on after ours: the registry does not know it
             self.transformer.forward = forward
         registry.invalidate_child_registries_cache()
         self.transformer._cache_config = None  # type: ignore[assignment]
 
-    def _open_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.step is not None:  # the call before was interrupted and never closed
-            self.session.reset()
-        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        self.step = self.calls.open_step(arguments)
+    def _take_root_call(self) -> None:
+        """Steps are opened and closed around the transformer's call, outside of its `forward`.
 
-    def _close_step(self, module: nn.Module, args: Any, output: Any) -> None:
+        Offloading replaces a model's `forward` at the end of every call, and whatever wraps it is
+        lost. Nor can the transformer be compiled in one piece: a decision takes Python in its
+        middle. `transformer.compile(...)` compiles block by block, as `compile_repeated_blocks`
+        does; `torch.compile(transformer)` breaks once, in front of it, and runs it as it is.
+        """
+        self._compiled_before = self.transformer._compiled_call_impl
+        if self._compiled_before is not None:
+            warnings.warn(
+                f"This {type(self.transformer).__name__} was compiled as a whole, and DiCache "
+                f"takes it apart: its blocks now run uncompiled. Call compile_repeated_blocks(...) "
+                f"instead of compile(...), before or after applying DiCache.",
+                DiCacheWarning,
+                stacklevel=5,
+            )
+        self.transformer._compiled_call_impl = torch._dynamo.disable(self._call_root)
+        self.transformer.compile = self._compile_blocks  # type: ignore[method-assign]
+
+    def _compile_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Stands for the transformer's `compile`."""
+        for call in self.block_calls:
+            call.block.compile(*args, **kwargs)
+
+    def _call_root(self, *args: Any, **kwargs: Any) -> Any:
+        self._open_step(args, kwargs)
+        try:
+            output = self.transformer._call_impl(*args, **kwargs)
+        except BaseException:
+            self._close_step()
+            self.session.reset()  # an aborted run leaves nothing behind
+            raise
+        self._close_step()
+        return output
+
+    def _open_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for call in self.corner_calls:
+            if call.block._compiled_call_impl is not call:  # compiled since the last step
+                self._install_again()
+        timestep, text = (
+            kwargs[name] if name in kwargs else args[place] if place < len(args) else None
+            for name, place in self._arguments
+        )
+        self.skips = False
+        self.step = self.calls.open_step(timestep, text)
+
+    def _install_again(self) -> None:
+        """Come back outside of blocks that were compiled meanwhile.
+
+        Corners are looked at in every step, all blocks only where blocks are computed: a block
+        between that nobody passes through costs time on a skipped step, but changes nothing.
+        """
+        for call in self.block_calls:
+            if call.block._compiled_call_impl is not call:
+                call.install()
+
+    def _close_step(self) -> None:
         step, self.step = self.step, None
         self.x = self.p = None
+        self.skips = False
         if step is not None:
             step.close()
-        if output is None:  # forward raised: an aborted run leaves nothing behind
-            self.session.reset()
 
     def enter_blocks(self, hidden_states: Tensor) -> None:
         """Note the tokens that enter block 0."""
@@ -178,14 +237,18 @@ class _TransformerCache:
         assert self.step is not None and self.x is not None  # block 0 ran before
         if self.step.needs_probe:
             self.step.probe(self.x, p)
-        if self.step.action != "reuse":
+        self.skips = self.step.action == "reuse"
+        self.session.stats.block_calls += self.config.probe_depth
+        if not self.skips:
             self.x, self.p = self.step.hold(self.x, p)
 
     def after_last_block(self, y: Tensor) -> None:
         """Record a computed step."""
         assert self.step is not None and self.x is not None and self.p is not None
         self.step.record(self.x, self.p, y)
+        self.session.stats.block_calls += len(self.blocks) - self.config.probe_depth
         self.x = self.p = None
+        self._install_again()
 
     def _check(self) -> None:
         name = type(self.transformer).__name__
@@ -233,53 +296,99 @@ class _RootHook(ModelHook):
         return module
 
 
-class _BlockHook(ModelHook):
-    """Runs a block or passes its input through, as the open step says."""
+class _BlockCall:
+    """Stands between a block's caller and the block: runs it or passes its input through.
+
+    It lies where torch keeps a module's compiled call (`Module._compiled_call_impl`), which is the
+    first thing that calling a module looks at. So it is outside of everything else on the block:
+    outside of compiled code, which never sees the cache, and of hooks and offloading, which a
+    skipped block does not wake. Copies of the block, and pickled ones, come without it.
+    """
+
+    __slots__ = ("block", "cache", "inner", "names", "places", "take")
+
+    def __init__(self, cache: _TransformerCache, block: nn.Module, stack: BlockStack) -> None:
+        self.cache, self.block, self.names = cache, block, stack.outputs
+        self.take = itemgetter(*stack.outputs)  # a tuple, or with one name a value
+        self.places = _places(block, stack.outputs)
+
+    def install(self) -> None:
+        """Take the place of the block's call, whatever it is by now: plain, or compiled."""
+        compiled = self.block._compiled_call_impl
+        self.inner = self.block._call_impl if compiled is None else compiled
+        self.block._compiled_call_impl = self
+
+    def uninstall(self) -> None:
+        """Put back what was there; if somebody compiled the block since the last step, nothing."""
+        if self.block._compiled_call_impl is self:
+            compiled = None if self.inner == self.block._call_impl else self.inner
+            self.block._compiled_call_impl = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # One frame and nothing more: this runs for every block of every step.
+        if self.cache.skips:
+            return self.take(kwargs) if not args else self.pass_through(args, kwargs)
+        return self.inner(*args, **kwargs)
+
+    def pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block would return if it changed nothing."""
+        return self.take({name: self.argument(name, args, kwargs) for name in self.names})
+
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An argument of the block by its name."""
+        return kwargs[name] if name in kwargs else args[self.places[name]]
+
+
+class _CornerCall(_BlockCall):
+    """The call of a first, a last, or a last probe block: where tokens are taken and given."""
+
+    __slots__ = ("ends_probe", "is_first", "is_last", "stack")
 
     def __init__(
         self, cache: _TransformerCache, block: nn.Module, stack: BlockStack, index: int
     ) -> None:
-        super().__init__()
-        self.cache, self.stack, self.index = cache, stack, index
+        super().__init__(cache, block, stack)
+        self.stack = stack
+        self.places |= _places(block, (stack.hidden_states,))
+        self.is_first = index == 0
         self.ends_probe = index == cache.config.probe_depth - 1
         self.is_last = index == len(cache.blocks) - 1
-        parameters = list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
-        self._positions = {name: parameters.index(name) for name in stack.outputs}
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = self.cache
         if cache.step is None:  # called on its own, outside the transformer
-            return self.fn_ref.original_forward(*args, **kwargs)
-        if self.index == 0:
-            cache.enter_blocks(self._argument(self.stack.hidden_states, args, kwargs))
-        if cache.step.action == "reuse":
-            return self._skip(args, kwargs)
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        cache.session.stats.block_calls += 1
+            return self.inner(*args, **kwargs)
+        if self.is_first:
+            cache.enter_blocks(self.argument(self.stack.hidden_states, args, kwargs))
+        if cache.skips:
+            return self._give(args, kwargs) if self.is_last else self.pass_through(args, kwargs)
+        output = self.inner(*args, **kwargs)
         if self.ends_probe:
             cache.after_probe(self._tokens(output))
         if self.is_last:
             cache.after_last_block(self._tokens(output))
         return output
 
-    def _skip(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        values = {name: self._argument(name, args, kwargs) for name in self.stack.outputs}
-        if self.is_last:
-            step, x = self.cache.step, self.cache.x
-            assert step is not None and x is not None  # set by block 0 of this call
-            y, name = step.reuse(x), self.stack.hidden_states
-            if self.stack.text_in_front:
-                text = values[name][:, : -self.cache.num_tokens]
-                y = torch.cat([text.to(y.dtype), y], dim=1)
-            values[name] = y
+    def _give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = {name: self.argument(name, args, kwargs) for name in self.names}
+        step, x = self.cache.step, self.cache.x
+        assert step is not None and x is not None  # set by block 0 of this call
+        y, name = step.reuse(x), self.stack.hidden_states
+        if self.stack.text_in_front:
+            text = values[name][:, : -self.cache.num_tokens]
+            y = torch.cat([text.to(y.dtype), y], dim=1)
+        values[name] = y
         outputs = tuple(values.values())
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _tokens(self, output: Any) -> Tensor:
         """The image tokens [B, S, D] of a block's output."""
-        names = self.stack.outputs
+        names = self.names
         hidden = output if len(names) == 1 else output[names.index(self.stack.hidden_states)]
         return hidden[:, -self.cache.num_tokens :] if self.stack.text_in_front else hidden
 
-    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kwargs[name] if name in kwargs else args[self._positions[name]]
+
+def _places(block: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
+    """Where these arguments are among the positional ones of a block."""
+    parameters = list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
+    return {name: parameters.index(name) for name in names}

@@ -1,0 +1,162 @@
+"""torch.compile and the cache leave each other alone: same graphs, no breaks, same pictures.
+
+Graphs are counted by a backend that compiles nothing, against the un-cached model in the same
+calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build, calls
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dicache import DiCacheConfig, DiCacheWarning, apply_dicache, get_stats, remove_dicache
+
+FAMILIES = ("flux", "hunyuan-video", "wan")
+SCHEDULE = "CCRCRR"
+LETTERS = {"compute": "C", "resume": "C", "reuse": "R"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def config() -> DiCacheConfig:
+    return DiCacheConfig(schedule=SCHEDULE, num_inference_steps=len(SCHEDULE))
+
+
+def sequence(family: str) -> list[dict[str, Any]]:
+    """Two runs of different length, then two other resolutions: what a session of a user is."""
+    runs = [calls(family, len(SCHEDULE)), calls(family, 4)]
+    runs += [calls(family, len(SCHEDULE), size=size) for size in (6, 8)]
+    return [inputs for run in runs for inputs in run]
+
+
+def graphs_of(family: str, order: str, backend: str) -> tuple[int, list[Tensor]]:
+    """Number of graphs, and outputs; without graph breaks."""
+    torch._dynamo.reset()
+    model, counter = build(family), CompileCounterWithBackend(backend)
+    if order == "before":
+        apply_dicache(model, config())
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    if order == "after":
+        apply_dicache(model, config())
+    outputs = [model(**inputs)[0] for inputs in sequence(family)]
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+    return counter.frame_count, outputs
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"), [*((family, "eager") for family in FAMILIES), ("wan", "aot_eager")]
+)
+def test_repeated_blocks_compile_to_the_graphs_of_the_model_without_cache(
+    family: str, backend: str
+) -> None:
+    plain, _ = graphs_of(family, "never", backend)
+    eager = build(family)
+    apply_dicache(eager, config())
+    expected = [eager(**inputs)[0] for inputs in sequence(family)]
+    for order in ("before", "after"):
+        graphs, outputs = graphs_of(family, order, backend)
+        assert graphs == plain
+        for output, wanted in zip(outputs, expected, strict=True):
+            assert torch.equal(output, wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compile_of_the_transformer_compiles_its_blocks(family: str) -> None:
+    model, counter = build(family), CompileCounterWithBackend("eager")
+    apply_dicache(model, config())
+    model.compile(backend=counter)
+    for inputs in calls(family, len(SCHEDULE)):
+        model(**inputs)
+    assert counter.frame_count > 0
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+    assert actions(model) == SCHEDULE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_transformer_inside_torch_compile_still_decides(family: str, order: str) -> None:
+    model, eager = build(family), build(family)
+    apply_dicache(eager, config())
+    expected = [eager(**inputs)[0] for inputs in calls(family, len(SCHEDULE))]
+    if order == "before":
+        apply_dicache(model, config())
+    compiled = torch.compile(model, backend="eager")
+    if order == "after":
+        apply_dicache(model, config())
+    outputs = [compiled(**inputs)[0] for inputs in calls(family, len(SCHEDULE))]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    assert actions(model) == SCHEDULE
+
+
+def test_a_model_compiled_as_a_whole_is_taken_apart_with_a_warning_and_put_back() -> None:
+    model = build("flux")
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    with pytest.warns(DiCacheWarning, match="compile_repeated_blocks"):
+        apply_dicache(model, config())
+    for inputs in calls("flux", len(SCHEDULE)):
+        model(**inputs)
+    assert actions(model) == SCHEDULE
+    remove_dicache(model)
+    assert model._compiled_call_impl is compiled
+
+
+@pytest.mark.parametrize("compiles", ["never", "before", "after"])
+def test_removal_gives_every_call_back(compiles: str) -> None:
+    model = build("flux")
+    if compiles == "before":
+        model.compile_repeated_blocks(backend="eager")
+    before = [module._compiled_call_impl for module in model.modules()]
+    apply_dicache(model, config())
+    if compiles == "after":
+        model.compile_repeated_blocks(backend="eager")
+        before = None
+    remove_dicache(model)
+    after = [module._compiled_call_impl for module in model.modules()]
+    if before is not None:
+        assert after == before
+    else:  # compiled under the cache, and still compiled
+        blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+        assert all(block._compiled_call_impl is not None for block in blocks)
+    assert "compile" not in vars(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**calls("flux", 1)[0])
+
+
+def test_a_skipped_block_does_not_wake_what_hangs_on_it() -> None:
+    """Offloading brings a block's weights in by hooks on it; a skipped block needs none."""
+    model, woken = build("flux"), []
+    apply_dicache(model, config())
+    for index, block in enumerate(model.transformer_blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: woken.append(index))
+    for inputs in calls("flux", 3):  # C, C, R
+        model(**inputs)
+    blocks = list(range(len(model.transformer_blocks)))
+    assert woken == [*blocks, *blocks, 0]  # the reused step ran its probe alone
+
+
+def test_a_copy_of_a_block_is_a_plain_block() -> None:
+    model = build("flux")
+    apply_dicache(model, config())
+    copied: nn.Module = copy.deepcopy(model.transformer_blocks[1])
+    assert copied._compiled_call_impl is None
+
+
+def actions(model: Any) -> str:
+    (records,) = get_stats(model).contexts.values()
+    return "".join(LETTERS[record.action] for record in records)
