@@ -293,7 +293,8 @@ class Step:
                 f"states is the usual cause.",
             )
         batch = x.shape[0]
-        self._gamma = result.as_strided((batch,), (0,), 2 * batch + 1)  # the same for all samples
+        last = result.storage_offset() + 2 * batch + 1  # gamma of the whole batch, for all samples
+        self._gamma = result.as_strided((batch,), (0,), last)
         self._decision = Decision(action, error, gate.accumulated_error, gamma)
         return self._decision
 
