@@ -118,6 +118,10 @@ class DiCacheSession:
             ValueError: `num_inference_steps` is smaller than 1.
         """
         self.observe(timestep, num_inference_steps)
+        return self.open_step(context, is_last)
+
+    def open_step(self, context: str, is_last: bool | None = None) -> Step:
+        """The next step of `context`, of which `observe` has seen the timestep already."""
         steps = self.num_inference_steps
         known = self._contexts.get(context)
         if known is not None and steps is not None and known.next_step >= steps:
@@ -386,5 +390,5 @@ def as_number(timestep: Tensor | float | None) -> float | None:
     """A step's timestep on the host."""
     if isinstance(timestep, Tensor):
         # One timestep a sample or token: conditioned frames have 0, so the largest one counts.
-        return float(timestep.max())
+        return float(timestep if timestep.numel() == 1 else timestep.max())
     return timestep

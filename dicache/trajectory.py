@@ -8,6 +8,7 @@ previous probe where the error needs it, and the previous input for delta_minus.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,15 @@ class Trajectory:
         self.newest = torch.zeros(batch, dtype=torch.int32, device=x.device)
         self.entry_sums = torch.zeros((batch, 4), dtype=wide, device=x.device)
         self._workspace = make_workspace(x)
+        shared = (self.probe_window, self.newest, self.entry_sums, *self.gamma_range)
+        self._statistics: tuple[Any, ...]  # what the operator takes behind x and p
+        if config.verifies_alignment:
+            to_probe = config.error == "weighted_alignment"
+            self._statistics = (*shared, to_probe, None, self._workspace)
+        else:
+            previous = (self.previous_probe, self.previous_x)
+            least_squares = config.alignment == "least_squares"
+            self._statistics = (*previous, *shared, least_squares, None, self._workspace)
         self.has_entry = False
         self._older_slot = 1  # host copy of 1 - newest: no device read to find the slot
         self._layout = _layout(x, p)
@@ -50,22 +60,10 @@ class Trajectory:
 
     def statistics(self, x: Tensor, p: Tensor) -> Tensor:
         """(error, gamma) [B + 1, 2] on the device; the last row is the whole batch."""
-        x, p = _dense(x), _dense(p)
-        shared = (self.probe_window, self.newest, self.entry_sums, *self.gamma_range)
-        config, workspace = self.config, self._workspace
         if self.previous_probe is None:
-            to_probe = config.error == "weighted_alignment"
-            _, result = self.ops.alignment_statistics(
-                x, p, *shared, relative_to_probe=to_probe, workspace=workspace
-            )
-            return result
-        least_squares = config.alignment == "least_squares"
-        published = (self.previous_probe, self.previous_x)
-        _, result = self.ops.probe_statistics(
-            x, p, *published, *shared, least_squares=least_squares, workspace=workspace
-        )
+            return self.ops.alignment_statistics(_dense(x), _dense(p), *self._statistics)[1]
         self._stored_probe = True
-        return result
+        return self.ops.probe_statistics(_dense(x), _dense(p), *self._statistics)[1]
 
     def hold(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of x and p in the cache's own buffers, valid until this step is recorded.

@@ -79,9 +79,7 @@ class CallTracker:
             self._branches.clear()
             self._num_branches = 0
         name = self._context_name(text)
-        return self.session.step(
-            name, timestep=timestep, num_inference_steps=num_steps, is_last=is_last
-        )
+        return self.session.open_step(name, is_last)
 
     def reset(self) -> None:
         """Free the session's state and forget the branches, as when a pipeline ends."""
