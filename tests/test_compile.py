@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, calls
+from tiny_models import blocks, build, calls
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -75,6 +75,46 @@ def test_repeated_blocks_compile_to_the_graphs_of_the_model_without_cache(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_inductor(family: str) -> None:
+    """Threshold 0 gives the bits of the compiled model; a schedule, eager's to fp32 rounding."""
+
+    def outputs(config: DiCacheConfig | None, compiles: bool) -> list[Tensor]:
+        model = build(family)
+        if config is not None:
+            apply_dicache(model, config)
+        if compiles:
+            model.compile_repeated_blocks(fullgraph=True)
+        return [model(**inputs)[0] for inputs in calls(family, len(SCHEDULE))]
+
+    never = DiCacheConfig(threshold=0.0, num_inference_steps=len(SCHEDULE))
+    for output, wanted in zip(outputs(never, True), outputs(None, True), strict=True):
+        assert torch.equal(output, wanted)
+    for output, wanted in zip(outputs(config(), True), outputs(config(), False), strict=True):
+        assert (output - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_that_the_cache_keeps_lies_in_a_blocks_output(family: str) -> None:
+    """CUDA graphs write over a block's output at their next replay: here NaN does."""
+    model, untouched, handed_out = build(family), build(family), []
+
+    def remember(module: nn.Module, args: Any, output: Any) -> None:
+        handed_out.extend(output if isinstance(output, tuple) else [output])
+
+    for cached in (model, untouched):
+        apply_dicache(cached, config())
+    for block in blocks(family, model):
+        block.register_forward_hook(remember)
+    for inputs in calls(family, len(SCHEDULE)):
+        output, wanted = model(**inputs)[0].clone(), untouched(**inputs)[0]
+        for tensor in handed_out:
+            tensor.fill_(float("nan"))
+        handed_out.clear()
+        assert torch.equal(output, wanted)
+    assert actions(model) == SCHEDULE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_compile_of_the_transformer_compiles_its_blocks(family: str) -> None:
     model, counter = build(family), CompileCounterWithBackend("eager")
     apply_dicache(model, config())
@@ -130,8 +170,7 @@ def test_removal_gives_every_call_back(compiles: str) -> None:
     if before is not None:
         assert after == before
     else:  # compiled under the cache, and still compiled
-        blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-        assert all(block._compiled_call_impl is not None for block in blocks)
+        assert all(block._compiled_call_impl is not None for block in blocks("flux", model))
     assert "compile" not in vars(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -146,8 +185,8 @@ def test_a_skipped_block_does_not_wake_what_hangs_on_it() -> None:
         block.register_forward_pre_hook(lambda *_, index=index: woken.append(index))
     for inputs in calls("flux", 3):  # C, C, R
         model(**inputs)
-    blocks = list(range(len(model.transformer_blocks)))
-    assert woken == [*blocks, *blocks, 0]  # the reused step ran its probe alone
+    everyone = list(range(len(model.transformer_blocks)))
+    assert woken == [*everyone, *everyone, 0]  # the reused step ran its probe alone
 
 
 def test_a_copy_of_a_block_is_a_plain_block() -> None:
