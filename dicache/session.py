@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -226,6 +227,8 @@ class Step:
     Attributes:
         action: `"compute"`, until `probe` decides on `"resume"` or `"reuse"`.
         needs_probe: Whether to ask `probe`; `False` on a step that is computed anyway.
+        confirm: Asked before a step is reused, when the device was waited for anyway: whether it
+            belongs to this run at all. If not, it is computed as the first of a new run.
     """
 
     def __init__(self, session: DiCacheSession, name: str, state: _Context, is_last: bool) -> None:
@@ -235,6 +238,7 @@ class Step:
         self._decision = Decision("compute")
         self._gamma: Tensor | None = None
         self._done = False
+        self.confirm: Callable[[], bool] | None = None
         self._size = session._step_size(state)
         self.needs_probe = self._is_judged(is_last) and state.has_history
         if not state.has_history and state.trajectory is not None:
@@ -258,6 +262,11 @@ class Step:
             self._done = True
             self._state.gate.finish(reused=False)
             self._state.next_step += 1
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was ended by `reuse`, `record` or `close`."""
+        return self._done
 
     @property
     def action(self) -> str:
@@ -296,6 +305,10 @@ class Step:
                 f"gamma {gamma}, so the step is computed. NaN or infinity in the model's hidden "
                 f"states is the usual cause.",
             )
+        if action == "reuse" and self.confirm is not None and not self.confirm():
+            self._state = self._session._restart(self._name)
+            self.needs_probe = False
+            return self._decision
         batch = x.shape[0]
         last = result.storage_offset() + 2 * batch + 1  # gamma of the whole batch, for all samples
         self._gamma = result.as_strided((batch,), (0,), last)

@@ -138,8 +138,8 @@ def test_an_interrupted_call_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize("kind", ["flux", "wan"])
-def test_a_pipelines_timesteps_are_read_once_a_run(kind, monkeypatch):
-    """A tensor read on the host makes the host wait for the device, in every step if it must be."""
+def test_before_a_decision_a_pipelines_timesteps_are_read_once_a_run(kind, monkeypatch):
+    """A tensor read on the host makes it wait for the device; behind the decision it has waited."""
     read = []
     original = tracker.as_number
 
@@ -155,7 +155,81 @@ def test_a_pipelines_timesteps_are_read_once_a_run(kind, monkeypatch):
     monkeypatch.setattr(tracker, "as_number", as_number)
     monkeypatch.setattr("dicache.session.as_number", as_number)
     got = run(kind, pipe, num_steps=8)
-    assert read.count(True) <= 1
+    stats = get_stats(pipe)["transformer"]
+    assert read.count(True) == 1 + stats.num_reused  # the second is asked before a step is reused
     assert torch.equal(got, plain)
     context = next(iter(get_stats(pipe)["transformer"].contexts))
     assert schedule(pipe, context) == "CRRRRRRC"
+
+
+@pytest.mark.parametrize("aborted_after", [0, 1, 2])
+def test_a_pipeline_that_follows_an_aborted_one_reuses_nothing_of_it(aborted_after):
+    """Its first call looks like the aborted run's next one, but for the timestep."""
+    bound = pipeline("flux")
+    other = pipeline("flux", transformer=bound.transformer)
+    other.scheduler = copy.deepcopy(bound.scheduler)
+    rules = {"threshold": float("inf"), "retention_ratio": 0, "compute_last_step": False}
+    apply_dicache(bound, DiCacheConfig(**rules, num_inference_steps=6))
+
+    def abort(pipe: Any, index: int, *_: Any) -> Any:
+        if index == aborted_after:
+            raise KeyError(index)
+        return {}
+
+    first_calls = []
+    with pytest.raises(KeyError):
+        run("flux", bound, num_steps=6, callback_on_step_end=abort)
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        first_calls.append(schedule(bound, "cond"))
+
+    handle = bound.transformer.proj_out.register_forward_hook(note)
+    run("flux", other, num_steps=6)
+    handle.remove()
+    assert first_calls[0] == "C"
+
+
+def test_the_first_timestep_in_thousandths_is_not_taken_for_the_last():
+    timesteps = [1000.0, 500.0, 1.0]
+    assert tracker._index_of(1.0, timesteps) == 0  # t / 1000
+    assert tracker._index_of(500.0, timesteps) == 1
+    assert tracker._index_of(0.77, timesteps) == 0
+    assert tracker._index_of(None, timesteps) == 0
+
+
+def test_a_block_in_two_places_is_refused_and_the_model_left_alone():
+    model = build("wan")
+    model.blocks[2] = model.blocks[1]
+    with pytest.raises(ValueError, match="several places"):
+        apply_dicache(model, ALWAYS)
+    model(**calls("wan", 1)[0])
+
+
+def test_a_cached_model_is_not_copied():
+    model = build("flux")
+    apply_dicache(model, ALWAYS)
+    model(**calls("flux", 1)[0])
+    with pytest.raises(TypeError, match="remove_dicache"):
+        copy.deepcopy(model)
+    remove_dicache(model)
+    copy.deepcopy(model)
+
+
+def test_one_transformer_under_two_names_is_cached_once():
+    pipe = pipeline("wan")
+    pipe.register_modules(transformer_2=pipe.transformer)
+    apply_dicache(pipe, ALWAYS)
+    assert list(get_stats(pipe)) == ["transformer"]
+    remove_dicache(pipe)
+    assert not pipe.transformer.is_cache_enabled
+
+
+@pytest.mark.parametrize("index", [0, -1])
+def test_replaced_blocks_are_computed_with_a_warning(index):
+    model, plain = build("wan"), build("wan")
+    apply_dicache(model, ALWAYS)
+    model.blocks[index] = build("wan", seed=1).blocks[index]
+    plain.blocks[index] = build("wan", seed=1).blocks[index]
+    with pytest.warns(DiCacheWarning, match="replaced"):
+        for inputs in calls("wan", 4):
+            assert torch.equal(model(**inputs)[0], plain(**inputs)[0])

@@ -11,9 +11,11 @@ are read once a run and its position tells which of them a call is at, so that n
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor
@@ -66,6 +68,7 @@ class CallTracker:
         self._timesteps: weakref.ref[Any] | None = None
         self._known_timesteps: list[float] = []  # the same on the host
         self._begin = 0  # where the run began in these timesteps
+        self._scale = 1.0  # what the model is given, relative to them
         self._last_seen: tuple[Any, int | None] = (None, None)  # timestep and position
         self._is_idle = False  # whether another scheduler than ours drives the run
         self._step_indices: dict[str, int] = {}  # of each context's last call
@@ -79,7 +82,10 @@ class CallTracker:
             self._branches.clear()
             self._num_branches = 0
         name = self._context_name(text)
-        return self.session.open_step(name, is_last)
+        step = self.session.open_step(name, is_last)
+        if index is not None:
+            step.confirm = functools.partial(self._confirms, given, timestep)
+        return step
 
     def reset(self) -> None:
         """Free the session's state and forget the branches, as when a pipeline ends."""
@@ -161,10 +167,27 @@ class CallTracker:
         self.reset()
         self._timesteps = weakref.ref(scheduler.timesteps)
         self._known_timesteps = scheduler.timesteps.tolist()
-        if getattr(scheduler, "begin_index", None) is None:
-            self._begin = _index_of(as_number(timestep), self._known_timesteps)
+        first = as_number(timestep)
+        begin = getattr(scheduler, "begin_index", None)
+        if begin is None:
+            begin = self._begin = _index_of(first, self._known_timesteps)
+        known = self._known_timesteps[begin] if begin < len(self._known_timesteps) else 0.0
+        self._scale = first / known if first and known else 1.0
         self._last_seen = (timestep, position)
         self._is_idle = False
+
+    def _confirms(self, given: Any, known: float | None) -> bool:
+        """Whether a call's timestep is the one that the scheduler's position promised.
+
+        Another pipeline with a scheduler of its own may go on where an aborted run left ours.
+        """
+        expected = (known or 0.0) * self._scale
+        exact = not isinstance(given, Tensor) or given.dtype not in (torch.bfloat16, torch.float16)
+        tolerance = 1e-4 if exact else 2.5e-3  # half a unit of bf16
+        if abs((as_number(given) or 0.0) - expected) <= tolerance * abs(expected) + 1e-6:
+            return True
+        self._is_idle = True
+        return False
 
     def _index(self, scheduler: Any, position: int | None, begin: int) -> int | None:
         """Where this call is in the scheduler's timesteps, if they are the model's and it tells."""
@@ -189,6 +212,9 @@ def _index_of(timestep: float | None, timesteps: list[float]) -> int:
     """Which of the scheduler's timesteps a run begins with.
 
     Some video-to-video pipelines leave out the first ones without telling the scheduler. Pipelines
-    that scale or round the timestep do tell it, so an unknown value stands for the first one.
+    that scale or round the timestep do tell it, so an unknown value stands for the first one. So
+    does a first timestep in thousandths, which may be a number that the last ones have, too.
     """
+    if timestep is None or not timesteps or abs(1000 * timestep - timesteps[0]) < 1:
+        return 0
     return timesteps.index(timestep) if timestep in timesteps else 0

@@ -77,7 +77,10 @@ def _components(model: Any) -> dict[str, Any]:
 def _transformers(model: Any) -> dict[str, nn.Module]:
     """The supported transformers among a model's components."""
     parts = _components(model)
-    found = {name: part for name, part in parts.items() if find_family(part) is not None}
+    found: dict[str, nn.Module] = {}
+    for name, part in parts.items():
+        if find_family(part) is not None and all(part is not other for other in found.values()):
+            found[name] = part
     if not found:
         given = {n: p for n, p in parts.items() if n.startswith("transformer")} or parts
         classes = ", ".join(sorted({type(part).__name__ for part in given.values()}))
@@ -91,8 +94,12 @@ def _transformers(model: Any) -> dict[str, nn.Module]:
 
 def _root_hooks(model: Any) -> dict[str, _RootHook]:
     """Our hooks on a model's components, whether or not their family is still registered."""
-    found = {name: _root_hook(part) for name, part in _components(model).items()}
-    return {name: hook for name, hook in found.items() if hook is not None}
+    found: dict[str, _RootHook] = {}
+    for name, part in _components(model).items():
+        hook = _root_hook(part)
+        if hook is not None and hook not in found.values():
+            found[name] = hook
+    return found
 
 
 def _root_hook(module: Any) -> _RootHook | None:
@@ -140,6 +147,15 @@ class _TransformerCache:
 
     def attach(self) -> None:
         """Take the place of the calls; the root hook makes the cache visible to diffusers."""
+        self._compiled_before = self.transformer._compiled_call_impl
+        if self._compiled_before is not None:  # first of all: a warning may be made an error
+            warnings.warn(
+                f"This {type(self.transformer).__name__} was compiled as a whole, and DiCache "
+                f"takes it apart: its blocks now run uncompiled. Call compile_repeated_blocks(...) "
+                f"instead of compile(...), before or after applying DiCache.",
+                DiCacheWarning,
+                stacklevel=4,
+            )
         registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
         registry.register_hook(_RootHook(self), _HOOK)
         self._root_forward = self.transformer.forward
@@ -172,15 +188,6 @@ class _TransformerCache:
         middle. `transformer.compile(...)` compiles block by block, as `compile_repeated_blocks`
         does; `torch.compile(transformer)` breaks once, in front of it, and runs it as it is.
         """
-        self._compiled_before = self.transformer._compiled_call_impl
-        if self._compiled_before is not None:
-            warnings.warn(
-                f"This {type(self.transformer).__name__} was compiled as a whole, and DiCache "
-                f"takes it apart: its blocks now run uncompiled. Call compile_repeated_blocks(...) "
-                f"instead of compile(...), before or after applying DiCache.",
-                DiCacheWarning,
-                stacklevel=5,
-            )
         self.transformer._compiled_call_impl = torch._dynamo.disable(self._call_root)
         self.transformer.compile = self._compile_blocks  # type: ignore[method-assign]
 
@@ -197,8 +204,20 @@ class _TransformerCache:
             self._close_step()
             self.session.reset()  # an aborted run leaves nothing behind
             raise
+        if self.step is not None and not self.step.is_done:
+            self.session.warn(
+                "unseen",
+                "The blocks that the cache was applied to did not all run, so the step counts for "
+                "nothing. Were blocks replaced? Call remove_dicache and apply_dicache again.",
+            )
         self._close_step()
         return output
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError(
+            "A model with DiCache cannot be copied: diffusers' hooks would run the original's "
+            "weights. Call remove_dicache first, and apply_dicache to both."
+        )
 
     def _open_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for call in self.corner_calls:
@@ -234,7 +253,8 @@ class _TransformerCache:
 
     def after_probe(self, p: Tensor) -> None:
         """Take the decision; on a computed step move x and p into the cache's buffers."""
-        assert self.step is not None and self.x is not None  # block 0 ran before
+        if self.step is None or self.x is None:  # block 0 was replaced, and nobody saw x
+            return
         if self.step.needs_probe:
             self.step.probe(self.x, p)
         self.skips = self.step.action == "reuse"
@@ -244,7 +264,8 @@ class _TransformerCache:
 
     def after_last_block(self, y: Tensor) -> None:
         """Record a computed step."""
-        assert self.step is not None and self.x is not None and self.p is not None
+        if self.step is None or self.x is None or self.p is None:
+            return
         self.step.record(self.x, self.p, y)
         self.session.stats.block_calls += len(self.blocks) - self.config.probe_depth
         self.x = self.p = None
@@ -259,6 +280,11 @@ class _TransformerCache:
             raise ValueError(
                 f"This {name} is cached with {type(other).__name__}, and two caches do not stack. "
                 f"Call disable_cache() first."
+            )
+        if len({id(block) for block, _ in self.blocks}) < len(self.blocks):
+            raise ValueError(
+                f"This {name} runs one block in several places. Expected blocks of their own: the "
+                f"cache could not tell the places apart."
             )
         if self.config.probe_depth >= len(self.blocks):
             raise ValueError(
