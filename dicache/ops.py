@@ -22,9 +22,11 @@ operator takes part in autograd.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -288,8 +290,9 @@ def _load(extension: str) -> str | None:
     """Load a compiled extension of this package; why it is not there, or `None`."""
     for path in sorted(Path(__file__).parent.glob(f"{extension}.*")):
         if path.suffix in (".so", ".pyd", ".dylib"):
-            if extension == "_C_cuda" and torch.cuda.is_available() and _no_gpu():
-                return _no_gpu()  # registered, it would stand in Triton's way
+            reason = _no_gpu() if extension == "_C_cuda" and torch.cuda.is_available() else None
+            if reason is not None:
+                return reason  # registered, it would stand in Triton's way
             try:
                 torch.ops.load_library(path)
             except OSError as error:
@@ -316,7 +319,7 @@ def _register_python_bodies() -> None:
                 _LIBRARY.impl(name, _triton_body(name), key)
 
 
-def _body(module: ModuleType, name: str):  # type: ignore[no-untyped-def]
+def _body(module: ModuleType, name: str) -> Callable[..., Any]:
     if name != "combine_residuals_out":
         return getattr(module, name)
 
@@ -333,8 +336,8 @@ def _body(module: ModuleType, name: str):  # type: ignore[no-untyped-def]
     return combine_residuals_out
 
 
-def _triton_body(name: str):  # type: ignore[no-untyped-def]
-    def call(*args, **kwargs):  # type: ignore[no-untyped-def]
+def _triton_body(name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
         from . import kernels  # imports Triton: not before the first call
 
         return _body(kernels, name)(*args, **kwargs)

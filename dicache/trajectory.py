@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import DiCacheConfig
 from .ops import make_workspace, resolve_backend
+from .reference import wide_dtype
 
 
 class Trajectory:
@@ -85,11 +86,8 @@ class Trajectory:
 
     def combine(self, x: Tensor, gamma: Tensor) -> Tensor:
         """y = x + r_old + gamma (r_new - r_old); gamma [B] on the device."""
-        if gamma.dtype != torch.float32 and torch.float64 not in (
-            x.dtype,
-            self.residual_window.dtype,
-        ):
-            gamma = gamma.float()  # an fp64 probe beside other tokens
+        if wide_dtype(x, self.residual_window) == torch.float32:
+            gamma = gamma.float()  # it is fp64 where the probe is
         self._stored_probe = False
         return self.ops.combine_residuals(_dense(x), self.residual_window, self.newest, gamma)
 

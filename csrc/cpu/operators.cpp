@@ -56,15 +56,6 @@ std::vector<double> add_partials(const Samples& samples, const std::vector<doubl
   return totals;
 }
 
-template <class T>
-void read_entry_sums(T* values, const EntrySums& entry_sums, int64_t sample) {
-  for (int sum = 0; sum < kEntrySums; ++sum) {
-    const int64_t index = sample * kEntrySums + sum;
-    values[sum] = entry_sums.is_wide ? static_cast<T>(static_cast<double*>(entry_sums.data)[index])
-                                     : static_cast<T>(static_cast<float*>(entry_sums.data)[index]);
-  }
-}
-
 // (error, gamma) of every row of sums [B, columns], and of their sum.
 template <class T>
 void finish_rows(T* result, const T* sums, int64_t batch, int columns, const Rule& rule) {
@@ -107,36 +98,19 @@ void conclude(const Arguments& arguments, const std::vector<double>& totals) {
                             : conclude<float, Terms>(arguments, totals);
 }
 
-template <class T>
-void write_entry_sums(const RecordArguments& arguments, const std::vector<double>& totals) {
-  T* rows = static_cast<T*>(arguments.entry_sums.data);
-  for (int64_t sample = 0; sample < arguments.samples.batch; ++sample) {
-    if (!arguments.samples.is_active(sample)) {
-      continue;
-    }
-    const double* sums = totals.data() + sample * kMaxPartials;
-    T* row = rows + sample * kEntrySums;
-    row[kAbsOld] = arguments.first ? static_cast<T>(sums[2]) : row[kAbsNew];
-    row[kAbsD] = static_cast<T>(sums[0]);
-    row[kDD] = static_cast<T>(sums[1]);
-    row[kAbsNew] = static_cast<T>(sums[2]);
-  }
-}
-
 class Cpu {
  public:
   Cpu(const Tensor&, const std::optional<Tensor>&) {}
 
   void probe(const ProbeArguments& arguments) const {
-    const DType p = arguments.p.dtype;
-    const auto totals = reduce(bodies(arguments.samples.is_wide, {arguments.x.dtype, p}).probe,
-                               arguments);
+    const auto& body = bodies(arguments.samples.is_wide, {arguments.x.dtype, arguments.p.dtype});
+    const auto totals = reduce(body.probe, arguments);
     if (arguments.rule.least_squares) {
       arguments.with_input ? conclude<ProbeTerms<true, true>>(arguments, totals)
-                 : conclude<ProbeTerms<true, false>>(arguments, totals);
+                           : conclude<ProbeTerms<true, false>>(arguments, totals);
     } else {
       arguments.with_input ? conclude<ProbeTerms<false, true>>(arguments, totals)
-                 : conclude<ProbeTerms<false, false>>(arguments, totals);
+                           : conclude<ProbeTerms<false, false>>(arguments, totals);
     }
   }
 
@@ -156,7 +130,7 @@ class Cpu {
   }
 
   void combine(const CombineArguments& arguments) const {
-    const auto body = bodies(arguments.samples.is_wide, {arguments.x.dtype, arguments.r.dtype});
+    const auto& body = bodies(arguments.samples.is_wide, {arguments.x.dtype, arguments.r.dtype});
     run(arguments.samples,
         [&](int64_t begin, int64_t end) { body.combine(arguments, begin, end); });
   }
@@ -165,12 +139,9 @@ class Cpu {
     const auto& body = bodies(arguments.samples.is_wide,
                               {arguments.x.dtype, arguments.p.dtype, arguments.y.dtype});
     const auto totals = reduce(body.record, arguments);
-    arguments.entry_sums.is_wide ? write_entry_sums<double>(arguments, totals)
-                                 : write_entry_sums<float>(arguments, totals);
     for (int64_t sample = 0; sample < arguments.samples.batch; ++sample) {
       if (arguments.samples.is_active(sample)) {
-        const int turned = 1 - arguments.samples.new_entry(sample);
-        const_cast<int32_t*>(arguments.samples.newest)[sample] = turned;
+        finish_record(arguments, sample, totals.data() + sample * kMaxPartials);
       }
     }
   }

@@ -158,9 +158,5 @@ struct Storage<DType::kFloat64> {
   }
 };
 
-constexpr int64_t bytes_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 }  // namespace
 }  // namespace dicache

@@ -81,8 +81,7 @@ class Cuda {
                       plan.workspace_bytes, " contiguous bytes (uint8, aligned to 16) on x's device, from "
                       "dicache.ops.make_workspace(x).");
     } else {
-      const std::array<int64_t, 1> shape{plan.workspace_bytes};
-      workspace_ = torch::stable::new_empty(x_, shape, ScalarType::Byte);
+      workspace_ = make_empty(x_, {plan.workspace_bytes}, aoti_torch_dtype_uint8());
       expect_launched(cudaMemsetAsync(workspace_->data_ptr(), 0, sizeof(unsigned), stream_));
     }
     return {plan, workspace_->data_ptr(), stream_};

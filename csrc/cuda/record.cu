@@ -7,34 +7,16 @@
 namespace dicache::cuda {
 namespace {
 
-// The sums of the last entry move on; `newest` turns. Every other block has read both by now.
-template <class T>
-__device__ __forceinline__ void store_entry_sums(const RecordArguments& arguments, int64_t sample,
-                                                 const double* totals) {
-  T* row = static_cast<T*>(arguments.entry_sums.data) + sample * kEntrySums;
-  const T size = static_cast<T>(totals[2]);
-  row[kAbsOld] = arguments.first ? size : row[kAbsNew];
-  row[kAbsD] = static_cast<T>(totals[0]);
-  row[kDD] = static_cast<T>(totals[1]);
-  row[kAbsNew] = size;
-}
-
+// The last block's work: every other one has read `newest` by now.
 template <class T>
 __device__ __forceinline__ void conclude_record(const RecordArguments& arguments, void* workspace,
                                                 int64_t blocks_per_sample) {
   for (int64_t sample = 0; sample < arguments.samples.batch; ++sample) {
     double totals[RecordTerms::kSums];
     add_partials<RecordTerms::kSums, T>(totals, workspace, sample, blocks_per_sample);
-    if (threadIdx.x != 0 || !arguments.samples.is_active(sample)) {
-      continue;
+    if (threadIdx.x == 0 && arguments.samples.is_active(sample)) {
+      finish_record(arguments, sample, totals);
     }
-    if (arguments.entry_sums.is_wide) {
-      store_entry_sums<double>(arguments, sample, totals);
-    } else {
-      store_entry_sums<float>(arguments, sample, totals);
-    }
-    const_cast<int32_t*>(arguments.samples.newest)[sample] =
-        1 - arguments.samples.new_entry(sample);
   }
 }
 

@@ -86,16 +86,6 @@ __device__ __forceinline__ void add_partials(double (&totals)[kSums], void* work
   add_block(totals);
 }
 
-template <class T>
-__device__ __forceinline__ void read_entry_sums(T* values, const EntrySums& entry_sums,
-                                                int64_t sample) {
-  for (int sum = 0; sum < kEntrySums; ++sum) {
-    const int64_t index = sample * kEntrySums + sum;
-    values[sum] = entry_sums.is_wide ? static_cast<T>(static_cast<double*>(entry_sums.data)[index])
-                                     : static_cast<T>(static_cast<float*>(entry_sums.data)[index]);
-  }
-}
-
 // Statistics' last block: partial sums -> rows of sums -> (error, gamma) of each sample and of the
 // whole batch. The division and the square root are thread 0's.
 template <class Terms, class T, class Arguments>

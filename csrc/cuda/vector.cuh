@@ -51,10 +51,6 @@ struct Sample {
   DType dtype;
 };
 
-__device__ __forceinline__ int64_t bytes_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 __device__ __forceinline__ Sample sample_of(const Tokens& tokens, int64_t sample) {
   const int64_t offset = sample * tokens.batch_stride;
   return {static_cast<char*>(tokens.data) + offset * bytes_of(tokens.dtype), tokens.dtype};

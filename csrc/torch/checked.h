@@ -11,7 +11,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -246,18 +245,14 @@ struct Rows {
   const char* end() const { return begin(batch - 1) + length; }
 };
 
-inline int64_t bytes_of_one(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 inline Rows rows_of(const Tokens& tokens, const Samples& samples) {
-  const int64_t bytes = bytes_of_one(tokens.dtype);
+  const int64_t bytes = bytes_of(tokens.dtype);
   return {static_cast<const char*>(tokens.data), tokens.batch_stride * bytes,
           samples.size * bytes, samples.batch, tokens.dtype};
 }
 
 inline Rows rows_of(const Window& window, int entry, const Samples& samples) {
-  const int64_t bytes = bytes_of_one(window.dtype);
+  const int64_t bytes = bytes_of(window.dtype);
   const char* first = static_cast<const char*>(window.data) + entry * window.entry_stride * bytes;
   return {first, window.batch_stride * bytes, samples.size * bytes, samples.batch, window.dtype};
 }

@@ -7,6 +7,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <array>
+#include <initializer_list>
 #include <tuple>
 #include <utility>
 #include <vector>

@@ -71,16 +71,18 @@ def is_pipeline(model: Any) -> bool:
 def _components(model: Any) -> dict[str, Any]:
     """A pipeline's components by name, or the given model as "transformer"."""
     parts = model.components if is_pipeline(model) else {"transformer": model}
-    return {name: unwrap_module(part) for name, part in parts.items() if part is not None}
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        part = unwrap_module(part)
+        if part is not None and all(part is not other for other in found.values()):
+            found[name] = part
+    return found
 
 
 def _transformers(model: Any) -> dict[str, nn.Module]:
     """The supported transformers among a model's components."""
     parts = _components(model)
-    found: dict[str, nn.Module] = {}
-    for name, part in parts.items():
-        if find_family(part) is not None and all(part is not other for other in found.values()):
-            found[name] = part
+    found = {name: part for name, part in parts.items() if find_family(part) is not None}
     if not found:
         given = {n: p for n, p in parts.items() if n.startswith("transformer")} or parts
         classes = ", ".join(sorted({type(part).__name__ for part in given.values()}))
@@ -94,12 +96,8 @@ def _transformers(model: Any) -> dict[str, nn.Module]:
 
 def _root_hooks(model: Any) -> dict[str, _RootHook]:
     """Our hooks on a model's components, whether or not their family is still registered."""
-    found: dict[str, _RootHook] = {}
-    for name, part in _components(model).items():
-        hook = _root_hook(part)
-        if hook is not None and hook not in found.values():
-            found[name] = hook
-    return found
+    found = {name: _root_hook(part) for name, part in _components(model).items()}
+    return {name: hook for name, hook in found.items() if hook is not None}
 
 
 def _root_hook(module: Any) -> _RootHook | None:
@@ -220,14 +218,12 @@ class _TransformerCache:
         )
 
     def _open_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for call in self.corner_calls:
-            if call.block._compiled_call_impl is not call:  # compiled since the last step
-                self._install_again()
+        if any(call.block._compiled_call_impl is not call for call in self.corner_calls):
+            self._install_again()  # compiled since the last step
         timestep, text = (
             kwargs[name] if name in kwargs else args[place] if place < len(args) else None
             for name, place in self._arguments
         )
-        self.skips = False
         self.step = self.calls.open_step(timestep, text)
 
     def _install_again(self) -> None:
@@ -253,7 +249,8 @@ class _TransformerCache:
 
     def after_probe(self, p: Tensor) -> None:
         """Take the decision; on a computed step move x and p into the cache's buffers."""
-        if self.step is None or self.x is None:  # block 0 was replaced, and nobody saw x
+        assert self.step is not None  # or the block would have been called past us
+        if self.x is None:  # block 0 was replaced, and nobody saw x
             return
         if self.step.needs_probe:
             self.step.probe(self.x, p)
@@ -264,7 +261,8 @@ class _TransformerCache:
 
     def after_last_block(self, y: Tensor) -> None:
         """Record a computed step."""
-        if self.step is None or self.x is None or self.p is None:
+        assert self.step is not None
+        if self.x is None or self.p is None:
             return
         self.step.record(self.x, self.p, y)
         self.session.stats.block_calls += len(self.blocks) - self.config.probe_depth

@@ -100,8 +100,7 @@ class EmulatedCuda {
   cuda::Reduction reduction(const Samples& samples) {
     const LaunchPlan plan = plan_reduction(samples.batch, samples.size, kMultiprocessors);
     if (!workspace_) {
-      const std::array<int64_t, 1> shape{plan.workspace_bytes};
-      workspace_ = torch::stable::new_empty(x_, shape, ScalarType::Byte);
+      workspace_ = make_empty(x_, {plan.workspace_bytes}, aoti_torch_dtype_uint8());
       std::memset(workspace_->data_ptr(), 0, sizeof(unsigned));
     }
     DICACHE_EXPECT(workspace_->numel() >= plan.workspace_bytes, "workspace is too small");

@@ -7,9 +7,21 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define DICACHE_INLINE __host__ __device__ __forceinline__
+#else
+// No out-of-line copy may exist: the CPU bodies are compiled for several instruction sets, and the
+// linker would keep one copy for all of them.
+#define DICACHE_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace dicache {
 
 enum class DType : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
+
+DICACHE_INLINE int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 
 // Tokens [B, ...]: sample b begins at element b * batch_stride.
 struct Tokens {
@@ -36,16 +48,8 @@ struct Samples {
   const uint8_t* active;  // [B]
 
   // The window entry that is the newer one of a sample.
-#if defined(__CUDACC__)
-  __host__ __device__
-#endif
-  int new_entry(int64_t sample) const {
-    return newest[sample] != 0 ? 1 : 0;
-  }
-#if defined(__CUDACC__)
-  __host__ __device__
-#endif
-  bool is_active(int64_t sample) const {
+  DICACHE_INLINE int new_entry(int64_t sample) const { return newest[sample] != 0 ? 1 : 0; }
+  DICACHE_INLINE bool is_active(int64_t sample) const {
     return sample < batch && (active == nullptr || active[sample] != 0);
   }
 };

@@ -12,14 +12,6 @@
 
 #include "dicache/arguments.h"
 
-#if defined(__CUDACC__)
-#define DICACHE_INLINE __host__ __device__ __forceinline__
-#else
-// No out-of-line copy may exist: the CPU body compiles this file for several instruction sets, and
-// the linker would keep one copy for all of them.
-#define DICACHE_INLINE inline __attribute__((always_inline))
-#endif
-
 namespace dicache {
 
 DICACHE_INLINE float magnitude(float value) { return fabsf(value); }
@@ -101,6 +93,38 @@ struct RecordTerms {
     sums[2] += magnitude(r);
   }
 };
+
+template <class T>
+DICACHE_INLINE void read_entry_sums(T* values, const EntrySums& entry_sums, int64_t sample) {
+  for (int sum = 0; sum < kEntrySums; ++sum) {
+    const int64_t index = sample * kEntrySums + sum;
+    values[sum] = entry_sums.is_wide ? static_cast<T>(static_cast<double*>(entry_sums.data)[index])
+                                     : static_cast<T>(static_cast<float*>(entry_sums.data)[index]);
+  }
+}
+
+// The sums of the entry that was the newest so far move on. `totals` is in RecordTerms' order.
+template <class T>
+DICACHE_INLINE void store_entry_sums_as(const RecordArguments& arguments, int64_t sample,
+                                        const double* totals) {
+  T* row = static_cast<T*>(arguments.entry_sums.data) + sample * kEntrySums;
+  const T size = static_cast<T>(totals[2]);
+  row[kAbsOld] = arguments.first ? size : row[kAbsNew];
+  row[kAbsD] = static_cast<T>(totals[0]);
+  row[kDD] = static_cast<T>(totals[1]);
+  row[kAbsNew] = size;
+}
+
+// What record leaves of an active sample once all of it is read and written.
+DICACHE_INLINE void finish_record(const RecordArguments& arguments, int64_t sample,
+                                  const double* totals) {
+  if (arguments.entry_sums.is_wide) {
+    store_entry_sums_as<double>(arguments, sample, totals);
+  } else {
+    store_entry_sums_as<float>(arguments, sample, totals);
+  }
+  const_cast<int32_t*>(arguments.samples.newest)[sample] = 1 - arguments.samples.new_entry(sample);
+}
 
 template <class V>
 DICACHE_INLINE V combine(V x, V r_old, V r_new, V gamma) {
