@@ -1,10 +1,10 @@
 // The operators' loops over a range of tasks, for one instruction set.
 //
 // Work is cut into tasks of (sample, chunk of kCpuChunk elements). A task adds its elements up in
-// fp32 lanes (fp64 for fp64 data), then adds the lanes in index order in fp64 and stores the partial
-// sums in a row of its own. Which thread runs a task therefore changes nothing. Where all tensors of
-// a call have one dtype (`Same`) that dtype is known at compile time; else (`Mixed`) every load looks
-// it up, once in 16 elements.
+// fp32 lanes (fp64 for fp64 data), then adds the lanes in index order in fp64 and stores the
+// partial sums in a row of its own. Which thread runs a task therefore changes nothing. Where all
+// tensors of a call have one dtype (`Same`) that dtype is known at compile time; else (`Mixed`)
+// every load looks it up, once in 16 elements.
 //
 // Included by one file an instruction set, behind its target pragma. Nothing here has external
 // linkage but the table at the end, and nothing from the standard library may be instantiated here.
@@ -278,9 +278,12 @@ constexpr Bodies bodies_for() {
 
 // In the order of `Layout`.
 constexpr Bodies kTable[kLayouts] = {
-    bodies_for<Same<DType::kBFloat16, F32>>(), bodies_for<Same<DType::kFloat16, F32>>(),
-    bodies_for<Same<DType::kFloat32, F32>>(),  bodies_for<Same<DType::kFloat64, F64>>(),
-    bodies_for<Mixed<F32>>(),                  bodies_for<Mixed<F64>>(),
+    bodies_for<Same<DType::kBFloat16, F32>>(),
+    bodies_for<Same<DType::kFloat16, F32>>(),
+    bodies_for<Same<DType::kFloat32, F32>>(),
+    bodies_for<Same<DType::kFloat64, F64>>(),
+    bodies_for<Mixed<F32>>(),
+    bodies_for<Mixed<F64>>(),
 };
 
 }  // namespace

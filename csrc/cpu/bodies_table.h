@@ -12,7 +12,7 @@ namespace dicache {
 
 constexpr int kMaxPartials = 5;  // doubles a task leaves
 
-// A body runs the tasks begin .. end; statistics and record leave row `task` of partials [tasks, 5].
+// A body runs the tasks begin .. end; statistics and record leave a row of partials [tasks, 5].
 struct Bodies {
   void (*probe)(const ProbeArguments&, int64_t begin, int64_t end, double* partials);
   void (*alignment)(const AlignmentArguments&, int64_t begin, int64_t end, double* partials);

@@ -1,5 +1,5 @@
-// Which of the compiled instruction sets is used: the widest one that this processor has, or a narrower
-// one named by the environment variable DICACHE_INSTRUCTION_SET, as the tests do.
+// Which of the compiled instruction sets is used: the widest one that this processor has, or a
+// narrower one named by the environment variable DICACHE_INSTRUCTION_SET, as the tests do.
 #pragma once
 
 #include <cstdlib>

@@ -120,13 +120,12 @@ class Cpu {
   }
 
   void finish(const FinishArguments& arguments) const {
-    arguments.is_wide
-        ? finish_rows(static_cast<double*>(arguments.result),
-                      static_cast<const double*>(arguments.sums), arguments.batch,
-                      arguments.columns, arguments.rule)
-        : finish_rows(static_cast<float*>(arguments.result),
-                      static_cast<const float*>(arguments.sums), arguments.batch,
-                      arguments.columns, arguments.rule);
+    arguments.is_wide ? finish_rows(static_cast<double*>(arguments.result),
+                                    static_cast<const double*>(arguments.sums), arguments.batch,
+                                    arguments.columns, arguments.rule)
+                      : finish_rows(static_cast<float*>(arguments.result),
+                                    static_cast<const float*>(arguments.sums), arguments.batch,
+                                    arguments.columns, arguments.rule);
   }
 
   void combine(const CombineArguments& arguments) const {
@@ -163,9 +162,8 @@ class Cpu {
   static std::vector<double> reduce(void (*body)(const Arguments&, int64_t, int64_t, double*),
                                     const Arguments& arguments) {
     std::vector<double> partials(tasks(arguments.samples) * kMaxPartials);
-    run(arguments.samples, [&](int64_t begin, int64_t end) {
-      body(arguments, begin, end, partials.data());
-    });
+    run(arguments.samples,
+        [&](int64_t begin, int64_t end) { body(arguments, begin, end, partials.data()); });
     return add_partials(arguments.samples, partials);
   }
 };

@@ -1,9 +1,9 @@
 // SIMD lanes for the CPU bodies: sixteen elements, in GCC's and clang's vector types.
 //
-// The compiler maps them to whatever registers the instruction set of the including file has, so the
-// order of additions, and with it every bit of a result, is the same on every CPU. bf16 and fp16 are
-// decoded and rounded (to nearest, ties to even) by integer arithmetic, which needs no special
-// instructions and is not affected by flush-to-zero.
+// The compiler maps them to whatever registers the instruction set of the including file has, so
+// the order of additions, and with it every bit of a result, is the same on every CPU. bf16 and
+// fp16 are decoded and rounded (to nearest, ties to even) by integer arithmetic, which needs no
+// special instructions and is not affected by flush-to-zero.
 #pragma once
 
 #include <cstdint>
@@ -62,10 +62,10 @@ DICACHE_LANES U16 encode_bfloat16(F32 value) {
 DICACHE_LANES F32 decode_float16(U16 value) {
   const U32 wide = __builtin_convertvector(value, U32);
   const U32 magnitude_bits = wide & 0x7fffu;
-  const U32 shifted = magnitude_bits << 13;  // mantissa and exponent in fp32's places
-  const U32 normal = shifted + (112u << 23);  // 127 - 15: the difference of the exponents' biases
+  const U32 shifted = magnitude_bits << 13;    // mantissa and exponent in fp32's places
+  const U32 normal = shifted + (112u << 23);   // 127 - 15: the difference of the exponents' biases
   const U32 special = shifted + (224u << 23);  // infinity, NaN
-  // A subnormal is mantissa x 2^-24: put the mantissa below a 1 of weight 2^-14, and take that away.
+  // A subnormal is mantissa x 2^-24: put the mantissa below a 1 of weight 2^-14, take that away.
   const U32 one = U32{} + (113u << 23);
   const U32 subnormal = bits_of<U32>(bits_of<F32>(shifted + one) - bits_of<F32>(one));
   const U32 finite = choose(magnitude_bits < 0x400u, subnormal, normal);

@@ -1,6 +1,6 @@
-// Probe statistics of the verified alignment: one pass over x, p and both window entries that adds up
-// the inner products and writes nothing; the last block solves for gamma and its misfit. Both entries
-// are read anyway, so no load waits for `newest`, which only chooses in registers.
+// Probe statistics of the verified alignment: one pass over x, p and both window entries that adds
+// up the inner products and writes nothing; the last block solves for gamma and its misfit. Both
+// entries are read anyway, so no load waits for `newest`, which only chooses in registers.
 // dicache/reference.py has the formulas.
 #include "cuda/launch.h"
 #include "cuda/reduction.cuh"

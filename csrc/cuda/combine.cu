@@ -1,6 +1,7 @@
 // Combine residuals: y = x + r_old + gamma (r_new - r_old), one pass, gamma read on the device.
 //
-// `finish` is here too: the tiny launch that turns sums, perhaps all-reduced ones, into (error, gamma).
+// `finish` is here too: the tiny launch that turns sums, perhaps all-reduced ones, into (error,
+// gamma).
 #include "cuda/launch.h"
 #include "cuda/reduction.cuh"
 
@@ -95,12 +96,11 @@ cudaError_t launch_combine(const CombineArguments& arguments, cudaStream_t strea
   if (plan.blocks == 0) {
     return cudaSuccess;
   }
-  return with_format(arguments.samples.is_wide, {arguments.x.dtype, arguments.r.dtype},
-                     [&](auto format) {
-                       return launch(stream, plan.blocks, plan.threads,
-                                     combine_kernel<decltype(format)>, arguments,
-                                     plan.blocks_per_sample);
-                     });
+  return with_format(
+      arguments.samples.is_wide, {arguments.x.dtype, arguments.r.dtype}, [&](auto format) {
+        return launch(stream, plan.blocks, plan.threads, combine_kernel<decltype(format)>,
+                      arguments, plan.blocks_per_sample);
+      });
 }
 
 cudaError_t launch_finish(const FinishArguments& arguments, cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// What only a GPU does: the launch and the ticket. tests/cuda_emulator/ has the same names for a CPU, so
-// that the kernels can be tested, indices, tails, aliases and all, where there is no GPU.
+// What only a GPU does: the launch and the ticket. tests/cuda_emulator/ has the same names for a
+// CPU, so that the kernels can be tested, indices, tails, aliases and all, where there is no GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,8 +12,7 @@
 namespace dicache::cuda {
 
 template <class... Parameters>
-cudaError_t launch(cudaStream_t stream, int64_t blocks, int threads,
-                   void (*kernel)(Parameters...),
+cudaError_t launch(cudaStream_t stream, int64_t blocks, int threads, void (*kernel)(Parameters...),
                    const std::type_identity_t<Parameters>&... arguments) {
   kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(arguments...);
   return cudaGetLastError();
@@ -27,8 +26,9 @@ __device__ __forceinline__ void store_16_bytes(void* to, uint4 value) {
                : "memory");
 }
 
-// The counter's old value; it counts up to `last` and then starts at zero again. Acquire and release
-// for the whole device: what this thread stored before is visible to whoever draws a later ticket.
+// The counter's old value; it counts up to `last` and then starts at zero again. Acquire and
+// release for the whole device: what this thread stored before is visible to whoever draws a later
+// ticket.
 __device__ __forceinline__ unsigned take_ticket(void* counter, unsigned last) {
   unsigned ticket;
   asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"

@@ -1,7 +1,7 @@
 // The CUDA bodies as functions of plain arguments, a stream and, where they add up, a workspace.
 //
-// A workspace begins with a zeroed ticket; every launch leaves it zeroed. Launches that may run at the
-// same time must not share one. None of these functions waits for the device.
+// A workspace begins with a zeroed ticket; every launch leaves it zeroed. Launches that may run at
+// the same time must not share one. None of these functions waits for the device.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -63,7 +63,8 @@ class Cuda {
  private:
   // The dispatcher may come here for a CPU x if another argument lies on a GPU.
   static int device_of(const Tensor& x) {
-    DICACHE_EXPECT(x.is_cuda(), "x is not on a CUDA device, but another argument is. Expected one device.");
+    DICACHE_EXPECT(x.is_cuda(),
+                   "x is not on a CUDA device, but another argument is. Expected one device.");
     return x.get_device_index();
   }
 
@@ -71,15 +72,15 @@ class Cuda {
     const LaunchPlan plan =
         plan_reduction(samples.batch, samples.size, multiprocessors_of(device_));
     if (workspace_) {
-      DICACHE_EXPECT(workspace_->is_cuda() && workspace_->get_device_index() == device_ &&
-                          is_dense(*workspace_, 0) &&
-                          workspace_->scalar_type() == ScalarType::Byte &&
-                          workspace_->numel() >= plan.workspace_bytes &&
-                          reinterpret_cast<uintptr_t>(workspace_->data_ptr()) % 16 == 0,
-                      "workspace has ", workspace_->numel(), " elements of ",
-                      name_of(workspace_->scalar_type()), ". Expected at least ",
-                      plan.workspace_bytes, " contiguous bytes (uint8, aligned to 16) on x's device, from "
-                      "dicache.ops.make_workspace(x).");
+      DICACHE_EXPECT(
+          workspace_->is_cuda() && workspace_->get_device_index() == device_ &&
+              is_dense(*workspace_, 0) && workspace_->scalar_type() == ScalarType::Byte &&
+              workspace_->numel() >= plan.workspace_bytes &&
+              reinterpret_cast<uintptr_t>(workspace_->data_ptr()) % 16 == 0,
+          "workspace has ", workspace_->numel(), " elements of ",
+          name_of(workspace_->scalar_type()), ". Expected at least ", plan.workspace_bytes,
+          " contiguous bytes (uint8, aligned to 16) on x's device, from "
+          "dicache.ops.make_workspace(x).");
     } else {
       workspace_ = make_empty(x_, {plan.workspace_bytes}, aoti_torch_dtype_uint8());
       expect_launched(cudaMemsetAsync(workspace_->data_ptr(), 0, sizeof(unsigned), stream_));

@@ -79,10 +79,10 @@ cudaError_t launch_kernel(const ProbeArguments& arguments, const Reduction& redu
 cudaError_t launch_probe(const ProbeArguments& arguments, const Reduction& reduction) {
   if (arguments.rule.least_squares) {
     return arguments.with_input ? launch_kernel<true, true>(arguments, reduction)
-                      : launch_kernel<true, false>(arguments, reduction);
+                                : launch_kernel<true, false>(arguments, reduction);
   }
   return arguments.with_input ? launch_kernel<false, true>(arguments, reduction)
-                    : launch_kernel<false, false>(arguments, reduction);
+                              : launch_kernel<false, false>(arguments, reduction);
 }
 
 }  // namespace dicache::cuda

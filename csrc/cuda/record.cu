@@ -1,6 +1,6 @@
-// Record residuals: one pass over x, p, y and q_new that writes r = y - x and q = p - x over the older
-// window entry and adds up what the next step's gamma needs; the last block stores these sums and
-// turns `newest`. dicache/reference.py has the formulas.
+// Record residuals: one pass over x, p, y and q_new that writes r = y - x and q = p - x over the
+// older window entry and adds up what the next step's gamma needs; the last block stores these sums
+// and turns `newest`. dicache/reference.py has the formulas.
 #include "cuda/launch.h"
 #include "cuda/reduction.cuh"
 

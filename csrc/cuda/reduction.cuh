@@ -1,10 +1,10 @@
 // Sums over a whole grid in one launch, the same bits in every run.
 //
 // Every block adds up its part in a fixed tree and stores one row of partial sums in the workspace.
-// The same thread then takes a ticket with acquire-release order: its release publishes the row, and
-// the block that draws the last ticket has acquired the rows of all others. That block adds them in
-// index order. The ticket wraps to zero by itself (atomic increment with a limit), so the next
-// launch finds it ready.
+// The same thread then takes a ticket with acquire-release order: its release publishes the row,
+// and the block that draws the last ticket has acquired the rows of all others. That block adds
+// them in index order. The ticket wraps to zero by itself (atomic increment with a limit), so the
+// next launch finds it ready.
 #pragma once
 
 #include <initializer_list>

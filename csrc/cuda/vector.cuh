@@ -1,9 +1,9 @@
-// Reading and writing one sample: sixteen bytes a thread at a time, and single elements for the rest.
+// Reading and writing one sample: sixteen bytes a thread at a time, single elements for the rest.
 //
-// Where all tensors of a call have one dtype (`Same`) that dtype is known at compile time. Where they
-// differ (`Mixed`) it is looked up at every element, a choice that all threads of a launch make alike;
-// the caches gather the bytes. A sample that does not begin at a multiple of sixteen bytes is read by
-// single elements too, and so are the last few elements of every other.
+// Where all tensors of a call have one dtype (`Same`) that dtype is known at compile time. Where
+// they differ (`Mixed`) it is looked up at every element, a choice that all threads of a launch
+// make alike; the caches gather the bytes. A sample that does not begin at a multiple of sixteen
+// bytes is read by single elements too, and so are the last few elements of every other.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -1,7 +1,7 @@
 // dicache._build_info: what was built, and how an operator will be launched.
 //
-// A pybind11 module without torch: `dicache info`, the benchmarks and the tests ask it for facts. The
-// operators themselves are in _C and _C_cuda, which know neither Python nor pybind11.
+// A pybind11 module without torch: `dicache info`, the benchmarks and the tests ask it for facts.
+// The operators themselves are in _C and _C_cuda, which know neither Python nor pybind11.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -53,9 +53,10 @@ py::dict build_facts() {
 
 py::dict launch_plan(const std::string& name, int64_t batch, int64_t size, int multiprocessors) {
   if (batch < 0 || size < 0 || multiprocessors < 1) {
-    throw std::invalid_argument("batch and size are at least 0 and multiprocessors at least 1; got " +
-                                std::to_string(batch) + ", " + std::to_string(size) + ", " +
-                                std::to_string(multiprocessors) + ".");
+    throw std::invalid_argument(
+        "batch and size are at least 0 and multiprocessors at least 1; got " +
+        std::to_string(batch) + ", " + std::to_string(size) + ", " +
+        std::to_string(multiprocessors) + ".");
   }
   dicache::LaunchPlan plan{};
   if (name == "combine_residuals") {
@@ -84,8 +85,9 @@ PYBIND11_MODULE(_build_info, module) {
   module.def("build_facts", &build_facts,
              "Compiler, stable ABI version of torch, CUDA version and architectures (None where "
              "_C_cuda was not built), and the instruction set the CPU operators use here.");
-  module.def("launch_plan", &launch_plan, py::arg("operator"), py::arg("batch"), py::arg("size"),
-             py::arg("multiprocessors"),
-             "Launches, blocks, threads and workspace bytes of an operator on a GPU, and tasks on a "
-             "CPU, for `batch` samples of `size` elements.");
+  module.def(
+      "launch_plan", &launch_plan, py::arg("operator"), py::arg("batch"), py::arg("size"),
+      py::arg("multiprocessors"),
+      "Launches, blocks, threads and workspace bytes of an operator on a GPU, and tasks on a "
+      "CPU, for `batch` samples of `size` elements.");
 }

@@ -1,8 +1,8 @@
 // From torch tensors to the operators' plain arguments, with every check on the way.
 //
-// The rules are those of dicache/checks.py, made here again because a check in C++ costs nanoseconds.
-// Beyond them the compiled bodies want the elements of one sample to be contiguous. Written against
-// the stable ABI: a library built with one torch loads into any later one.
+// The rules are those of dicache/checks.py, made here again because a check in C++ costs
+// nanoseconds. Beyond them the compiled bodies want the elements of one sample to be contiguous.
+// Written against the stable ABI: a library built with one torch loads into any later one.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -22,7 +22,8 @@ namespace dicache {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Raises RuntimeError in Python, with these parts as its text and no source file of the build in it.
+// Raises RuntimeError in Python, with these parts as its text and no source file of the build in
+// it.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream text;
@@ -31,11 +32,11 @@ template <class... Parts>
 }
 
 // A macro, so that the parts of a message are put together only where it is needed.
-#define DICACHE_EXPECT(holds, ...)     \
-  do {                                 \
-    if (!(holds)) [[unlikely]] {       \
-      ::dicache::fail(__VA_ARGS__);    \
-    }                                  \
+#define DICACHE_EXPECT(holds, ...)  \
+  do {                              \
+    if (!(holds)) [[unlikely]] {    \
+      ::dicache::fail(__VA_ARGS__); \
+    }                               \
   } while (false)
 
 inline std::string shape_of(const Tensor& tensor, bool strides = false) {
@@ -91,7 +92,7 @@ inline DType dtype_of(const char* name, const Tensor& tensor) {
 inline void expect_type(const char* name, const Tensor& tensor, ScalarType expected,
                         const char* why) {
   DICACHE_EXPECT(tensor.scalar_type() == expected, name, " has dtype ",
-                  name_of(tensor.scalar_type()), ". Expected ", why, name_of(expected), ".");
+                 name_of(tensor.scalar_type()), ". Expected ", why, name_of(expected), ".");
 }
 
 // Whether dimensions from `first` on are laid out without gaps. Strides of single elements, and of
@@ -163,9 +164,9 @@ class Reader {
 
   EntrySums entry_sums(const Tensor& tensor) const {
     DICACHE_EXPECT(tensor.dim() == 2 && tensor.size(0) == batch_ && tensor.size(1) == kEntrySums &&
-                        is_dense(tensor, 0),
-                    "entry_sums has shape ", shape_of(tensor), " and strides ",
-                    shape_of(tensor, true), ". Expected [", batch_, ", 4] and contiguous.");
+                       is_dense(tensor, 0),
+                   "entry_sums has shape ", shape_of(tensor), " and strides ",
+                   shape_of(tensor, true), ". Expected [", batch_, ", 4] and contiguous.");
     expect_device("entry_sums", tensor);
     return {tensor.data_ptr(), is_wide_sum("entry_sums", tensor)};
   }
@@ -173,19 +174,20 @@ class Reader {
   // gamma [B], at any stride: one number may serve all samples.
   void gamma(const Tensor& tensor, CombineArguments& arguments) const {
     DICACHE_EXPECT(tensor.dim() == 1 && tensor.size(0) == batch_, "gamma has shape ",
-                    shape_of(tensor), ". Expected [", batch_, "], one weight a sample.");
+                   shape_of(tensor), ". Expected [", batch_, "], one weight a sample.");
     expect_device("gamma", tensor);
     arguments.gamma = tensor.data_ptr();
     arguments.gamma_stride = tensor.stride(0);
     arguments.gamma_is_wide = is_wide_sum("gamma", tensor);
-    DICACHE_EXPECT(arguments.samples.is_wide || !arguments.gamma_is_wide,
-           "gamma has dtype float64. Expected float32, because neither x nor the window is float64.");
+    DICACHE_EXPECT(
+        arguments.samples.is_wide || !arguments.gamma_is_wide,
+        "gamma has dtype float64. Expected float32, because neither x nor the window is float64.");
   }
 
   static bool is_wide_sum(const char* name, const Tensor& tensor) {
     const DType dtype = dtype_of(name, tensor);
     DICACHE_EXPECT(dtype == DType::kFloat32 || dtype == DType::kFloat64, name, " has dtype ",
-                    name_of(tensor.scalar_type()), ". Expected float32 or float64.");
+                   name_of(tensor.scalar_type()), ". Expected float32 or float64.");
     return dtype == DType::kFloat64;
   }
 
@@ -195,9 +197,9 @@ class Reader {
     for (int64_t dim = 0; same && dim < x_.dim(); ++dim) {
       same = tensor.size(dim + leading) == x_.size(dim);
     }
-    DICACHE_EXPECT(same, name, " has shape ", shape_of(tensor), " and x ", shape_of(x_),
-                    leading ? ". Expected two entries of x's shape, [2, B, ...]."
-                            : ". Expected x's shape.");
+    DICACHE_EXPECT(
+        same, name, " has shape ", shape_of(tensor), " and x ", shape_of(x_),
+        leading ? ". Expected two entries of x's shape, [2, B, ...]." : ". Expected x's shape.");
   }
 
   void expect_device(const char* name, const Tensor& tensor) const {
@@ -207,16 +209,16 @@ class Reader {
   }
 
   static void expect_dense(const char* name, const Tensor& tensor, int64_t first) {
-    DICACHE_EXPECT(is_dense(tensor, first), name, " has shape ", shape_of(tensor),
-                    " and strides ", shape_of(tensor, true),
-                    ". The elements of one sample must be contiguous; only the batch stride is "
-                    "free. Call .contiguous(), or use backend='reference'.");
+    DICACHE_EXPECT(is_dense(tensor, first), name, " has shape ", shape_of(tensor), " and strides ",
+                   shape_of(tensor, true),
+                   ". The elements of one sample must be contiguous; only the batch stride is "
+                   "free. Call .contiguous(), or use backend='reference'.");
   }
 
   const void* per_sample(const char* name, const Tensor& tensor, ScalarType type) const {
     DICACHE_EXPECT(tensor.dim() == 1 && tensor.size(0) == batch_ && is_dense(tensor, 0), name,
-                    " has shape ", shape_of(tensor), " and strides ", shape_of(tensor, true),
-                    ". Expected [", batch_, "] and contiguous.");
+                   " has shape ", shape_of(tensor), " and strides ", shape_of(tensor, true),
+                   ". Expected [", batch_, "] and contiguous.");
     expect_type(name, tensor, type, "");
     expect_device(name, tensor);
     return tensor.data_ptr();
@@ -228,8 +230,7 @@ class Reader {
 };
 
 inline Rule rule_of(double low, double high, bool least_squares, bool relative_to_probe) {
-  DICACHE_EXPECT(low <= high, "gamma is clipped to [", low, ", ", high,
-                  "]. Expected low <= high.");
+  DICACHE_EXPECT(low <= high, "gamma is clipped to [", low, ", ", high, "]. Expected low <= high.");
   return {low, high, least_squares, relative_to_probe};
 }
 
@@ -247,8 +248,8 @@ struct Rows {
 
 inline Rows rows_of(const Tokens& tokens, const Samples& samples) {
   const int64_t bytes = bytes_of(tokens.dtype);
-  return {static_cast<const char*>(tokens.data), tokens.batch_stride * bytes,
-          samples.size * bytes, samples.batch, tokens.dtype};
+  return {static_cast<const char*>(tokens.data), tokens.batch_stride * bytes, samples.size * bytes,
+          samples.batch, tokens.dtype};
 }
 
 inline Rows rows_of(const Window& window, int entry, const Samples& samples) {
@@ -257,8 +258,8 @@ inline Rows rows_of(const Window& window, int entry, const Samples& samples) {
   return {first, window.batch_stride * bytes, samples.size * bytes, samples.batch, window.dtype};
 }
 
-// Elements are read and then overwritten one by one, so a tensor that is read may be the one that is
-// written, sample for sample. Any other overlap would be read after it was written.
+// Elements are read and then overwritten one by one, so a tensor that is read may be the one that
+// is written, sample for sample. Any other overlap would be read after it was written.
 inline void expect_apart(const char* read_name, const Rows& read, const char* written_name,
                          const Rows& written) {
   if (read.batch == 0 || read.length == 0 || read.end() <= written.first ||
@@ -270,9 +271,10 @@ inline void expect_apart(const char* read_name, const Rows& read, const char* wr
       const char *from = read.begin(sample), *to = written.begin(other);
       const bool overlaps = from < to + written.length && to < from + read.length;
       const bool is_same = from == to && sample == other && read.dtype == written.dtype;
-      DICACHE_EXPECT(!overlaps || is_same, read_name, " overlaps ", written_name,
-             ", which is written. Expected the same memory in the same dtype, sample for sample, or "
-             "memory of its own.");
+      DICACHE_EXPECT(
+          !overlaps || is_same, read_name, " overlaps ", written_name,
+          ", which is written. Expected the same memory in the same dtype, sample for sample, or "
+          "memory of its own.");
     }
   }
 }
@@ -280,8 +282,9 @@ inline void expect_apart(const char* read_name, const Rows& read, const char* wr
 // Two samples of a written tensor must not share memory.
 inline void expect_distinct(const char* name, const Rows& rows) {
   DICACHE_EXPECT(rows.batch <= 1 || rows.length == 0 || rows.stride >= rows.length, name,
-         " is written, and its samples overlap (batch stride ", rows.stride, " bytes, samples of ",
-         rows.length, " bytes). Expected samples with memory of their own.");
+                 " is written, and its samples overlap (batch stride ", rows.stride,
+                 " bytes, samples of ", rows.length,
+                 " bytes). Expected samples with memory of their own.");
 }
 
 inline void expect_distinct(const char* name, const Window& window, const Samples& samples) {
@@ -293,8 +296,9 @@ inline void expect_distinct(const char* name, const Window& window, const Sample
   for (int64_t sample = 0; sample < first.batch; ++sample) {
     for (int64_t other = 0; other < second.batch; ++other) {
       const char *one = first.begin(sample), *two = second.begin(other);
-      DICACHE_EXPECT(two >= one + first.length || one >= two + second.length, name,
-             " is written, and its two entries overlap. Expected entries with memory of their own.");
+      DICACHE_EXPECT(
+          two >= one + first.length || one >= two + second.length, name,
+          " is written, and its two entries overlap. Expected entries with memory of their own.");
     }
   }
 }

@@ -74,10 +74,12 @@ struct Operators {
     return {sums, result};
   }
 
-  static std::tuple<Tensor, Tensor> alignment_statistics(
-      Tensor x, Tensor p, Tensor probe_window, Tensor newest, Tensor entry_sums, double low,
-      double high, bool relative_to_probe, std::optional<Tensor> active,
-      std::optional<Tensor> workspace) {
+  static std::tuple<Tensor, Tensor> alignment_statistics(Tensor x, Tensor p, Tensor probe_window,
+                                                         Tensor newest, Tensor entry_sums,
+                                                         double low, double high,
+                                                         bool relative_to_probe,
+                                                         std::optional<Tensor> active,
+                                                         std::optional<Tensor> workspace) {
     const Reader read(x);
     const bool wide = is_wide({&x, &p});
     AlignmentArguments arguments{read.samples(newest, active, wide),
@@ -217,8 +219,8 @@ struct Operators {
   static Tensor finish_statistics(const Tensor& given, const Rule& rule,
                                   std::array<int64_t, 2> columns) {
     DICACHE_EXPECT(given.dim() == 2 && (given.size(1) == columns[0] || given.size(1) == columns[1]),
-           "sums has shape ", shape_of(given), ". Expected [B, ", columns[0], "]",
-           columns[0] == columns[1] ? "" : " or [B, 7]", ".");
+                   "sums has shape ", shape_of(given), ". Expected [B, ", columns[0], "]",
+                   columns[0] == columns[1] ? "" : " or [B, 7]", ".");
     const Tensor sums = is_dense(given, 0) ? given : torch::stable::contiguous(given);
     const bool wide = Reader::is_wide_sum("sums", sums);
     Tensor result = make_rows(sums, sums.size(0) + 1, 2, wide);

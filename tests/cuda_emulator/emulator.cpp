@@ -111,9 +111,7 @@ class EmulatedCuda {
   std::optional<Tensor> workspace_;
 };
 
-STABLE_TORCH_LIBRARY_IMPL(dicache_emulated, CPU, m) {
-  Operators<EmulatedCuda>::register_all(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(dicache_emulated, CPU, m) { Operators<EmulatedCuda>::register_all(m); }
 
 }  // namespace
 }  // namespace dicache

@@ -41,9 +41,9 @@ struct Window {
 
 // What every operator works on. `active` may be null: all samples.
 struct Samples {
-  int64_t batch;   // B
-  int64_t size;    // elements of one sample
-  bool is_wide;    // arithmetic in fp64, because an input is fp64; else fp32
+  int64_t batch;          // B
+  int64_t size;           // elements of one sample
+  bool is_wide;           // arithmetic in fp64, because an input is fp64; else fp32
   const int32_t* newest;  // [B]
   const uint8_t* active;  // [B]
 

@@ -1,11 +1,11 @@
 // The operators' mathematics: what one element adds to the sums, and what the sums mean.
 //
-// CPU and GPU bodies compile these same lines, with V = float or double on the GPU and a SIMD vector
-// of them on the CPU, so what the CPU tests execute is what the GPU computes. No multiplication may
-// be fused with an addition (-ffp-contract=off, --fmad=false): then y and the recorded residuals
-// are bitwise equal in every backend and in the plain PyTorch reference.
+// CPU and GPU bodies compile these same lines, with V = float or double on the GPU and a SIMD
+// vector of them on the CPU, so what the CPU tests execute is what the GPU computes. No
+// multiplication may be fused with an addition (-ffp-contract=off, --fmad=false): then y and the
+// recorded residuals are bitwise equal in every backend and in the plain PyTorch reference.
 //
-// A body with SIMD vectors declares `V magnitude(V)`, the absolute value, before it includes this file.
+// A body with SIMD vectors declares `V magnitude(V)`, the absolute value, before it includes this.
 #pragma once
 
 #include <math.h>

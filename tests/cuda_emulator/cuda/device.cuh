@@ -1,8 +1,8 @@
 // A CPU in the place of a GPU: stands before csrc/cuda/device.cuh in the include path.
 //
-// Blocks run one after the other, in an order drawn anew for every launch, since a GPU promises none.
-// A block's threads are fibers that run until all of them wait at the same barrier or shuffle. Not
-// shown here: races between barriers, and the memory order between blocks.
+// Blocks run one after the other, in an order drawn anew for every launch, since a GPU promises
+// none. A block's threads are fibers that run until all of them wait at the same barrier or
+// shuffle. Not shown here: races between barriers, and the memory order between blocks.
 #pragma once
 
 #include <cuda_runtime_api.h>
