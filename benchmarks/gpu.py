@@ -113,6 +113,7 @@ def _prebuilt_stage(prebuilt: Path | None, scratch: Path) -> Stage:
 def _tests_stage(dry: bool, scratch: Path) -> Stage:
     files = sorted((ROOT / "tests").glob("test_operators*.py"))
     files += sorted((ROOT / "tests").glob("test_triton*.py"))
+    files.append(ROOT / "tests" / "test_session.py")
     # Not `python -m pytest` with the root on the path first: safe path, as `pytest` itself does.
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     command += [f"--junitxml={scratch / 'tests.xml'}", *map(str, files)]

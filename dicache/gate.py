@@ -40,19 +40,21 @@ class Gate:
 
         A non-finite error or gamma resumes. Call `finish` when the step is done.
         """
-        config = self.config
         self.accumulated_error += error
-        if not (math.isfinite(error) and math.isfinite(gamma)):
-            return "resume"
+        is_finite = math.isfinite(error) and math.isfinite(gamma)
+        return "reuse" if is_finite and self.may_reuse() else "resume"
+
+    def may_reuse(self) -> bool:
+        """Whether the error accumulated so far, and the rules, leave room for a reused step."""
+        config = self.config
         if config.schedule is not None:
-            return "reuse"
+            return True
         limit = config.max_consecutive_reuse
         if limit is not None and self.consecutive_reuse >= limit:
-            return "resume"
+            return False
         assert config.threshold is not None  # __init__ refuses it
-        below = self.accumulated_error < config.threshold
         equal = config.reuse_at_threshold and self.accumulated_error == config.threshold
-        return "reuse" if below or equal else "resume"
+        return equal or self.accumulated_error < config.threshold
 
     def finish(self, reused: bool) -> None:
         """Count a reused step, or start anew after a computed one."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from .config import DiCacheConfig
 from .gate import Gate
 from .ops import resolve_backend
+from .readback import Readback, as_number, one_number
 from .stats import RunStats, StepRecord
 from .trajectory import Trajectory
 
@@ -54,6 +55,9 @@ class Decision:
     error: float | None = None
     accumulated_error: float | None = None
     gamma: float | None = None
+
+
+_COMPUTE = Decision("compute")
 
 
 class _Context:
@@ -127,8 +131,8 @@ class DiCacheSession:
         known = self._contexts.get(context)
         if known is not None and steps is not None and known.next_step >= steps:
             self._begin_run(steps)
-        state = self._contexts.setdefault(context, _Context(self.config))
-        self.stats.contexts.setdefault(context, [])
+            known = None
+        state = self._begin_context(context) if known is None else known
         if is_last is None:
             is_last = steps is not None and state.next_step == steps - 1
         return Step(self, context, state, is_last)
@@ -206,8 +210,11 @@ class DiCacheSession:
     def _restart(self, context: str) -> _Context:
         """Begin a new run in the middle of a step, which becomes the new run's first."""
         self._begin_run(self.num_inference_steps)
+        return self._begin_context(context)
+
+    def _begin_context(self, context: str) -> _Context:
         state = self._contexts[context] = _Context(self.config)
-        self.stats.contexts[context] = []
+        self.stats.contexts.setdefault(context, [])  # kept where only the state was forgotten
         return state
 
     def _update_peaks(self) -> None:
@@ -227,18 +234,17 @@ class Step:
     Attributes:
         action: `"compute"`, until `probe` decides on `"resume"` or `"reuse"`.
         needs_probe: Whether to ask `probe`; `False` on a step that is computed anyway.
-        confirm: Asked before a step is reused, when the device was waited for anyway: whether it
-            belongs to this run at all. If not, it is computed as the first of a new run.
     """
 
     def __init__(self, session: DiCacheSession, name: str, state: _Context, is_last: bool) -> None:
         self._session = session
         self._name = name
         self._state = state
-        self._decision = Decision("compute")
+        self._decision = _COMPUTE
         self._gamma: Tensor | None = None
+        self._queued: Tensor | None = None  # the reused tokens, where `probe` began with them
         self._done = False
-        self.confirm: Callable[[], bool] | None = None
+        self._promise: tuple[Tensor, Callable[[float], bool]] | None = None
         self._size = session._step_size(state)
         self.needs_probe = self._is_judged(is_last) and state.has_history
         if not state.has_history and state.trajectory is not None:
@@ -272,8 +278,19 @@ class Step:
     def action(self) -> str:
         return self._decision.action
 
+    def promise(self, timestep: Tensor, keeps: Callable[[float], bool]) -> None:
+        """Let `probe` read this timestep too, in its one wait; it tells what step this really is.
+
+        Where `keeps` denies the value, the step is of another run than the session was told, and
+        instead of being reused it is computed, as the first of a new run.
+        """
+        self._promise = (one_number(timestep), keeps)
+
     def probe(self, x: Tensor, p: Tensor) -> Decision:
         """Judge the step by its probe; waits for the device once.
+
+        On a GPU the reused tokens are queued before the wait, so that it works on them while the
+        host decides; where the answer is to compute they are thrown away.
 
         Args:
             x: [B, ...] tokens before block 0.
@@ -293,7 +310,14 @@ class Step:
             return self._decision
         gate = self._state.gate
         result = trajectory.statistics(x, p)  # [B + 1, 2]
-        error, gamma = result.tolist()[-1]  # of the whole batch
+        readback = Readback(result) if self._promise is None else Readback(result, self._promise[0])
+        batch = x.shape[0]
+        last = result.storage_offset() + 2 * batch + 1  # gamma of the whole batch, for all samples
+        self._gamma = result.as_strided((batch,), (0,), last)
+        if trajectory.runs_ahead and gate.may_reuse():
+            self._queued = trajectory.combine(x, self._gamma)
+        numbers, *timestep = readback.wait()
+        error, gamma = numbers[-1]  # of the whole batch
         if self._session.config.error == "weighted_alignment":
             error *= self._size
         action = gate.decide(error, gamma)
@@ -305,13 +329,12 @@ class Step:
                 f"gamma {gamma}, so the step is computed. NaN or infinity in the model's hidden "
                 f"states is the usual cause.",
             )
-        if action == "reuse" and self.confirm is not None and not self.confirm():
+        if action != "reuse":
+            self._queued = None
+        elif self._promise is not None and not self._promise[1](timestep[0]):
+            self._queued, self.needs_probe = None, False
             self._state = self._session._restart(self._name)
-            self.needs_probe = False
             return self._decision
-        batch = x.shape[0]
-        last = result.storage_offset() + 2 * batch + 1  # gamma of the whole batch, for all samples
-        self._gamma = result.as_strided((batch,), (0,), last)
         self._decision = Decision(action, error, gate.accumulated_error, gamma)
         return self._decision
 
@@ -337,7 +360,9 @@ class Step:
             )
         trajectory = self._state.trajectory
         assert trajectory is not None and self._gamma is not None  # probe saw both
-        y = trajectory.combine(x, self._gamma)
+        y = trajectory.combine(x, self._gamma) if self._queued is None else self._queued
+        self._queued = None
+        trajectory.end_step()
         self._finish(self._decision)
         return y
 
@@ -393,15 +418,7 @@ class Step:
         trajectory = self._state.trajectory
         if trajectory is not None and not trajectory.matches(x, p):
             self._state = self._session._restart(self._name)
-            self._decision, self.needs_probe, trajectory = Decision("compute"), False, None
+            self._decision, self.needs_probe, trajectory = _COMPUTE, False, None
         if trajectory is None:
             trajectory = self._state.trajectory = Trajectory(self._session.config, x, p)
         return trajectory
-
-
-def as_number(timestep: Tensor | float | None) -> float | None:
-    """A step's timestep on the host."""
-    if isinstance(timestep, Tensor):
-        # One timestep a sample or token: conditioned frames have 0, so the largest one counts.
-        return float(timestep if timestep.numel() == 1 else timestep.max())
-    return timestep

@@ -3,6 +3,9 @@
 A trajectory belongs to one context of one run. It owns every hidden-state sized tensor that the
 cache holds, allocated once and rewritten in place: two residual windows of two entries, the
 previous probe where the error needs it, and the previous input for delta_minus.
+
+Buffers lie in memory as the model's tokens do. HunyuanVideo's come out of a convolution as a
+transposed [B, D, S]; operators that work element by element need no copy in another order.
 """
 
 from __future__ import annotations
@@ -34,6 +37,12 @@ class Trajectory:
         low, high = config.gamma_range
         self.gamma_range = (float(low), math.inf if high is None else float(high))
         batch, wide = x.shape[0], torch.float64 if x.dtype == torch.float64 else torch.float32
+        self._layout = _layout(x, p)
+        self._order = _memory_order(p)
+        self._back = [self._order.index(dim) for dim in range(p.dim())]
+        self._is_permuted = self._order != sorted(self._order)
+        self._copied_x: tuple[Tensor, Tensor] | None = None  # this step's x, and a dense copy
+        x, p = self._view(x), self._view(p)
         self.probe_window = torch.zeros((2, *p.shape), dtype=p.dtype, device=p.device)
         self.residual_window = torch.zeros((2, *x.shape), dtype=x.dtype, device=x.device)
         self.previous_probe = None if config.verifies_alignment else p.new_empty(p.shape)
@@ -52,7 +61,9 @@ class Trajectory:
             self._statistics = (*previous, *shared, least_squares, None, self._workspace)
         self.has_entry = False
         self._older_slot = 1  # host copy of 1 - newest: no device read to find the slot
-        self._layout = _layout(x, p)
+        self._probes, self._residuals = self.probe_window.unbind(), self.residual_window.unbind()
+        self._gamma_dtype = wide_dtype(x, self.residual_window)
+        self.runs_ahead = x.is_cuda  # whether work may be queued while the host does something else
         self._stored_probe = False  # whether this step's p and x are in the previous-step buffers
 
     def matches(self, x: Tensor, p: Tensor) -> bool:
@@ -61,10 +72,11 @@ class Trajectory:
 
     def statistics(self, x: Tensor, p: Tensor) -> Tensor:
         """(error, gamma) [B + 1, 2] on the device; the last row is the whole batch."""
+        x, p = self._dense_x(x), _dense(self._view(p))
         if self.previous_probe is None:
-            return self.ops.alignment_statistics(_dense(x), _dense(p), *self._statistics)[1]
+            return self.ops.alignment_statistics(x, p, *self._statistics)[1]
         self._stored_probe = True
-        return self.ops.probe_statistics(_dense(x), _dense(p), *self._statistics)[1]
+        return self.ops.probe_statistics(x, p, *self._statistics)[1]
 
     def hold(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of x and p in the cache's own buffers, valid until this step is recorded.
@@ -73,30 +85,35 @@ class Trajectory:
         and input, which hold this step's values anyway. An entry is invalid while it is a parking
         place. Where a buffer's dtype cannot hold the value the tensor itself is returned.
         """
+        x, p = self._view(x), self._view(p)
         self._remember_probe(x, p)
         if self.previous_x is not None:
-            held_x = self.previous_x
+            x = self.previous_x
         elif self.residual_window.dtype == x.dtype:
-            held_x = self.residual_window[self._older_slot].copy_(x)
-        else:
-            held_x = x
+            x = self._residuals[self._older_slot].copy_(x)
         if self.previous_probe is not None:
-            return held_x, self.previous_probe
-        return held_x, self.probe_window[self._older_slot].copy_(p)
+            p = self.previous_probe
+        else:
+            p = self._probes[self._older_slot].copy_(p)
+        self._copied_x = None
+        return self._view_back(x), self._view_back(p)
 
     def combine(self, x: Tensor, gamma: Tensor) -> Tensor:
         """y = x + r_old + gamma (r_new - r_old); gamma [B] on the device."""
-        if wide_dtype(x, self.residual_window) == torch.float32:
-            gamma = gamma.float()  # it is fp64 where the probe is
-        self._stored_probe = False
-        return self.ops.combine_residuals(_dense(x), self.residual_window, self.newest, gamma)
+        if gamma.dtype != self._gamma_dtype:
+            gamma = gamma.to(self._gamma_dtype)  # it is fp64 where the probe is
+        y = self.ops.combine_residuals(self._dense_x(x), self.residual_window, self.newest, gamma)
+        return self._view_back(y)
 
     def record(self, x: Tensor, p: Tensor, y: Tensor) -> None:
         """Push this step's residuals into the window; x and p may come from `hold`."""
+        x, p, y = self._view(x), self._view(p), self._view(y)
         self._remember_probe(x, p)
         if self.residual_window.dtype != y.dtype:
             with torch.inference_mode(False):
                 self.residual_window = torch.zeros_like(self.residual_window, dtype=y.dtype)
+            self._residuals = self.residual_window.unbind()
+            self._gamma_dtype = wide_dtype(x, self.residual_window)
             self.has_entry = False
         window = (self.residual_window, self.probe_window, self.newest, self.entry_sums)
         x, p, y = _dense(x), _dense(p), _dense(y)
@@ -105,12 +122,17 @@ class Trajectory:
         )
         self.has_entry = True
         self._older_slot = 1 - self._older_slot
-        self._stored_probe = False
+        self.end_step()
 
     def drop_entries(self) -> None:
         """Forget the window: what is recorded next becomes its only entry."""
         self.has_entry = False
+        self.end_step()
+
+    def end_step(self) -> None:
+        """The previous step's probe is now this one's; called when the step was reused, too."""
         self._stored_probe = False
+        self._copied_x = None
 
     @property
     def num_tensors(self) -> int:
@@ -126,6 +148,23 @@ class Trajectory:
         owned += [tensor for tensor in optional if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in owned)
 
+    def _view(self, tensor: Tensor) -> Tensor:
+        """A model's tokens in the order of our memory."""
+        return tensor.permute(self._order) if self._is_permuted else tensor
+
+    def _view_back(self, tensor: Tensor) -> Tensor:
+        return tensor.permute(self._back) if self._is_permuted else tensor
+
+    def _dense_x(self, x: Tensor) -> Tensor:
+        """x for an operator; where that takes a copy, one a step."""
+        if self._copied_x is not None and self._copied_x[0] is x:
+            return self._copied_x[1]
+        view = self._view(x)
+        dense = _dense(view)
+        if dense is not view:
+            self._copied_x = (x, dense)
+        return dense
+
     def _remember_probe(self, x: Tensor, p: Tensor) -> None:
         if self._stored_probe:
             return
@@ -138,7 +177,20 @@ class Trajectory:
 
 def _dense(tensor: Tensor) -> Tensor:
     """The operators take samples whose elements are contiguous; models may hand out others."""
-    return tensor if tensor.is_contiguous() or tensor[:1].is_contiguous() else tensor.contiguous()
+    if tensor.is_contiguous():
+        return tensor
+    elements = 1
+    for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1], strict=True):
+        if stride != elements and size > 1:
+            return tensor.contiguous()
+        elements *= size
+    return tensor
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The order of dimensions in which a tensor's samples [B, ...] lie in memory."""
+    strides = tensor.stride()
+    return [0, *sorted(range(1, tensor.dim()), key=lambda dim: -strides[dim])]
 
 
 def _layout(x: Tensor, p: Tensor) -> tuple[object, ...]:

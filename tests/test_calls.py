@@ -137,31 +137,6 @@ def test_an_interrupted_call_leaves_nothing_behind():
     assert schedule(model, "branch0") == "C"
 
 
-@pytest.mark.parametrize("kind", ["flux", "wan"])
-def test_before_a_decision_a_pipelines_timesteps_are_read_once_a_run(kind, monkeypatch):
-    """A tensor read on the host makes it wait for the device; behind the decision it has waited."""
-    read = []
-    original = tracker.as_number
-
-    def as_number(timestep: Any) -> Any:
-        read.append(isinstance(timestep, torch.Tensor))
-        return original(timestep)
-
-    pipe = pipeline(kind)
-    apply_dicache(pipe, DiCacheConfig(threshold=float("inf"), retention_ratio=0.2))
-    expected = pipeline(kind)
-    apply_dicache(expected, DiCacheConfig(threshold=float("inf"), retention_ratio=0.2))
-    plain = run(kind, expected, num_steps=8)
-    monkeypatch.setattr(tracker, "as_number", as_number)
-    monkeypatch.setattr("dicache.session.as_number", as_number)
-    got = run(kind, pipe, num_steps=8)
-    stats = get_stats(pipe)["transformer"]
-    assert read.count(True) == 1 + stats.num_reused  # the second is asked before a step is reused
-    assert torch.equal(got, plain)
-    context = next(iter(get_stats(pipe)["transformer"].contexts))
-    assert schedule(pipe, context) == "CRRRRRRC"
-
-
 @pytest.mark.parametrize("aborted_after", [0, 1, 2])
 def test_a_pipeline_that_follows_an_aborted_one_reuses_nothing_of_it(aborted_after):
     """Its first call looks like the aborted run's next one, but for the timestep."""

@@ -237,8 +237,9 @@ def alive(kind: type) -> list[Any]:
 
 
 def held_tensors() -> int:
-    """Number of tensors of the tiny models' hidden-state size that are alive."""
-    return sum(tensor.ndim >= 3 and tensor.numel() >= 16 * 24 for tensor in alive(Tensor))
+    """Allocations that hold tensors of the tiny models' hidden-state size."""
+    large = [t for t in alive(Tensor) if t.ndim >= 3 and t.numel() >= 16 * 24]
+    return len({tensor.untyped_storage().data_ptr() for tensor in large})
 
 
 FREEING: dict[str, Callable[[str, Any], Any]] = {

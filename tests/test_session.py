@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, ops
+from dicache.readback import Readback
+from dicache.trajectory import Trajectory
 
 ALWAYS_REUSE = {"threshold": math.inf, "retention_ratio": 0.0, "compute_last_step": False}
 
@@ -44,6 +46,108 @@ def drive(session, count, context="cond", **where):
     for seed in range(count):
         run_step(session, tensors(seed), context, **where)
     return actions(session, context)
+
+
+# --- waits ---------------------------------------------------------------------------------------
+
+
+class Log(list):
+    """What a session did, in order: combine, wait."""
+
+    def watch(self, monkeypatch, runs_ahead):
+        combine, wait, init = Trajectory.combine, Readback.wait, Trajectory.__init__
+
+        def logged(name, call):
+            def run(*args):
+                self.append(name)
+                return call(*args)
+
+            return run
+
+        def begin(trajectory, *args):
+            init(trajectory, *args)
+            trajectory.runs_ahead = runs_ahead
+
+        monkeypatch.setattr(Trajectory, "combine", logged("combine", combine))
+        monkeypatch.setattr(Readback, "wait", logged("wait", wait))
+        monkeypatch.setattr(Trajectory, "__init__", begin)
+
+
+@pytest.mark.parametrize(
+    ("error", "threshold"), [("weighted_alignment", 2.0), ("delta_y", 3.0), ("delta_minus", 0.2)]
+)
+def test_tokens_that_are_queued_before_the_decision_are_the_same(error, threshold, monkeypatch):
+    """As on a GPU, which works on them while the host decides."""
+    alignment = "l1" if error.startswith("delta") else "least_squares"
+    rules = {"retention_ratio": 0, "compute_last_step": False}
+    config = DiCacheConfig(threshold=threshold, error=error, alignment=alignment, **rules)
+    outputs, logs, schedules = [], [], []
+    for runs_ahead in (False, True):
+        with monkeypatch.context() as patch:
+            log = Log()
+            log.watch(patch, runs_ahead)
+            session = DiCacheSession(config)
+            outputs.append([run_step(session, tensors(seed))[1] for seed in range(12)])
+            logs.append(log), schedules.append(actions(session))
+    assert schedules[0] == schedules[1] and {"R", "c"} <= set(schedules[0])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    probed = [action for action in schedules[0] if action != "C"]
+    behind = [["wait", "combine"] if action == "R" else ["wait"] for action in probed]
+    assert logs[0] == sum(behind, [])
+    assert logs[1] == ["combine", "wait"] * len(probed)
+
+
+def test_nothing_is_queued_where_the_rules_forbid_reuse(monkeypatch):
+    log = Log()
+    log.watch(monkeypatch, runs_ahead=True)
+    rules = {"retention_ratio": 0, "compute_last_step": False}
+    limited = DiCacheConfig(threshold=math.inf, max_consecutive_reuse=1, **rules)
+    assert drive(DiCacheSession(DiCacheConfig(threshold=0.0, **rules)), 4) == "Cccc"
+    assert drive(DiCacheSession(limited), 5) == "CRcRc"
+    assert log == ["wait"] * 3 + ["combine", "wait", "wait"] * 2
+
+
+# --- memory layouts ------------------------------------------------------------------------------
+
+
+class Clones(TorchDispatchMode):
+    """Counts copies that nobody asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+def transposed(tensor):
+    """The same values, lying in memory as [B, D, S]."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("x_layout", "p_layout", "y_layout", "copies"),
+    [
+        (transposed, transposed, transposed, {"C": 0, "R": 0}),
+        (transposed, transposed, torch.clone, {"C": 1, "R": 0}),  # HunyuanVideo
+        (transposed, torch.clone, torch.clone, {"C": 0, "R": 1}),  # its image-to-video
+    ],
+)
+@pytest.mark.parametrize("error", ["weighted_alignment", "delta_minus"])
+def test_a_models_own_memory_layout_is_kept(x_layout, p_layout, y_layout, copies, error):
+    alignment = "l1" if error.startswith("delta") else "least_squares"
+    config = DiCacheConfig(schedule="CCRRCR", error=error, alignment=alignment)
+    plain, session = DiCacheSession(config), DiCacheSession(config)
+    for seed, action in enumerate("CCRRCR"):
+        x, p, y = tensors(seed)
+        expected = run_step(plain, (x, p, y))
+        given = x_layout(x), p_layout(p), y_layout(y)
+        with Clones() as clones:
+            got = run_step(session, given)
+        assert got[0] == expected[0] and torch.allclose(got[1], expected[1], rtol=1e-5, atol=1e-6)
+        assert clones.count == copies[action]
+        if action == "R":
+            assert got[1].stride() == given[1].stride()
 
 
 # --- rules ---------------------------------------------------------------------------------------
@@ -573,3 +677,25 @@ def test_every_backend_that_runs_here_decides_alike():
     assert len(runs) >= 2
     assert len(set(runs.values())) == 1
     assert {"C", "c", "R"} <= set(runs["auto"])
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("error", ["weighted_alignment", "delta_y"])
+def test_on_a_gpu_a_decision_is_the_only_wait_and_the_tokens_are_queued_before_it(error):
+    alignment = "l1" if error == "delta_y" else "least_squares"
+    config = DiCacheConfig(schedule="CCRRCR", error=error, alignment=alignment)
+    on_host, on_gpu = DiCacheSession(config), DiCacheSession(config)
+    steps = [(tensors(seed), 1000.0 - seed) for seed in range(6)]
+    moved = [([t.cuda() for t in values], torch.tensor([at]).cuda()) for values, at in steps]
+    for (values, at), (given, timestep) in zip(steps, moved, strict=True):
+        expected = run_step(on_host, values, timestep=at)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = run_step(on_gpu, given, timestep=timestep)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert got[0] == expected[0]
+        torch.testing.assert_close(got[1].cpu(), expected[1], rtol=1e-5, atol=1e-5)

@@ -6,7 +6,8 @@ timestep, the identity of the text embedding. What it cannot find out it leaves 
 session then computes.
 
 Reading a timestep from a tensor waits for the device. Where the scheduler is known, its timesteps
-are read once a run and its position tells which of them a call is at, so that no step waits.
+are read once a run and its position tells which of them a call is at; the tensor itself is read
+along with the decision. So no step waits but for its decision.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor
 
-from ..session import DiCacheSession, Step, as_number
+from ..readback import Readback, as_number
+from ..session import DiCacheSession, Step
 
 _MOST_BRANCHES = 4
 _UNKNOWN_BRANCH = (
@@ -83,8 +85,8 @@ class CallTracker:
             self._num_branches = 0
         name = self._context_name(text)
         step = self.session.open_step(name, is_last)
-        if index is not None:
-            step.confirm = functools.partial(self._confirms, given, timestep)
+        if index is not None and step.needs_probe:
+            step.promise(given, functools.partial(self._keeps, given.dtype, timestep))
         return step
 
     def reset(self) -> None:
@@ -131,6 +133,7 @@ class CallTracker:
             num_steps, is_last, index = None, None, None
         else:
             num_steps, is_last, index = self._position_in_schedule(self._scheduler, timestep)
+            index = index if isinstance(timestep, Tensor) else None  # else there is nothing to read
         given = self.context.current
         if given is not None and given.num_inference_steps is not None:
             num_steps, is_last = self._position_in_context(given)
@@ -166,7 +169,7 @@ class CallTracker:
         """`set_timesteps` was called: a new run."""
         self.reset()
         self._timesteps = weakref.ref(scheduler.timesteps)
-        self._known_timesteps = scheduler.timesteps.tolist()
+        (self._known_timesteps,) = Readback(torch.as_tensor(scheduler.timesteps)).wait()
         first = as_number(timestep)
         begin = getattr(scheduler, "begin_index", None)
         if begin is None:
@@ -177,15 +180,15 @@ class CallTracker:
         self._last_seen = (timestep, position)
         self._is_idle = False
 
-    def _confirms(self, given: Any, known: float | None) -> bool:
+    def _keeps(self, dtype: torch.dtype, known: float | None, given: float) -> bool:
         """Whether a call's timestep is the one that the scheduler's position promised.
 
         Another pipeline with a scheduler of its own may go on where an aborted run left ours.
         """
         expected = (known or 0.0) * self._scale
-        exact = not isinstance(given, Tensor) or given.dtype not in (torch.bfloat16, torch.float16)
-        tolerance = 1e-4 if exact else 1e-2  # bf16 rounds by 2e-3, here and in the scale
-        if abs((as_number(given) or 0.0) - expected) <= tolerance * abs(expected) + 1e-6:
+        # bf16 rounds by 2e-3, here and in the scale.
+        tolerance = 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4
+        if abs(given - expected) <= tolerance * abs(expected) + 1e-6:
             return True
         self._is_idle = True
         return False
