@@ -128,18 +128,44 @@ def test_compile_of_the_transformer_compiles_its_blocks(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_a_transformer_inside_torch_compile_still_decides(family: str, order: str) -> None:
-    model, eager = build(family), build(family)
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_torch_compile_of_the_transformer_compiles_its_blocks(
+    family: str, order: str, fullgraph: bool
+) -> None:
+    model, eager, counter = build(family), build(family), CompileCounterWithBackend("eager")
     apply_dicache(eager, config())
-    expected = [eager(**inputs)[0] for inputs in calls(family, len(SCHEDULE))]
+    expected = [eager(**inputs)[0] for inputs in sequence(family)]
     if order == "before":
         apply_dicache(model, config())
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=fullgraph)
     if order == "after":
         apply_dicache(model, config())
-    outputs = [compiled(**inputs)[0] for inputs in calls(family, len(SCHEDULE))]
+    outputs, graphs = [], []
+    for inputs in sequence(family):
+        outputs.append(compiled(**inputs)[0])
+        graphs.append(counter.frame_count)
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
-    assert actions(model) == SCHEDULE
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+    # One graph a kind of block and of its inputs; the second run and the third size add none.
+    first_run, second_size = len(SCHEDULE), 2 * len(SCHEDULE) + 4
+    assert 0 < graphs[0] <= 3 and graphs[0] == graphs[first_run + 3]
+    assert graphs[second_size - 1] == graphs[-1]
+
+
+def test_blocks_are_compiled_only_where_a_compiled_transformer_calls_them() -> None:
+    model, counter = build("flux"), CompileCounterWithBackend("eager")
+    apply_dicache(model, config())
+    compiled = torch.compile(model, backend=counter)
+    first, second, *others = calls("flux", len(SCHEDULE))
+    model(**first)
+    assert counter.frame_count == 0
+    compiled(**second)
+    graphs = counter.frame_count
+    assert graphs > 0
+    torch._dynamo.reset()  # what was compiled is gone: compiling again would count
+    for inputs in others:
+        model(**inputs)
+    assert counter.frame_count == graphs and actions(model) == SCHEDULE
 
 
 def test_a_model_compiled_as_a_whole_is_taken_apart_with_a_warning_and_put_back() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -20,6 +21,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 from ..config import DiCacheConfig
 from ..session import DiCacheSession, DiCacheWarning, Step
@@ -141,6 +143,7 @@ class _TransformerCache:
             else _BlockCall(self, block, stack)
             for index, (block, stack) in enumerate(self.blocks)
         ]
+        self._compiler: Callable[..., Any] | None = None
         self.corner_calls = [self.block_calls[index] for index in sorted(corners)]
 
     def attach(self) -> None:
@@ -183,10 +186,10 @@ class _TransformerCache:
 
         Offloading replaces a model's `forward` at the end of every call, and whatever wraps it is
         lost. Nor can the transformer be compiled in one piece: a decision takes Python in its
-        middle. `transformer.compile(...)` compiles block by block, as `compile_repeated_blocks`
-        does; `torch.compile(transformer)` breaks once, in front of it, and runs it as it is.
+        middle. `transformer.compile(...)` and `torch.compile(transformer)` compile block by block,
+        as `compile_repeated_blocks` does.
         """
-        self.transformer._compiled_call_impl = torch._dynamo.disable(self._call_root)
+        self.transformer._compiled_call_impl = self._call_root
         self.transformer.compile = self._compile_blocks  # type: ignore[method-assign]
 
     def _compile_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -194,7 +197,20 @@ class _TransformerCache:
         for call in self.block_calls:
             call.block.compile(*args, **kwargs)
 
+    @torch.compiler.disable(recursive=False)
     def _call_root(self, *args: Any, **kwargs: Any) -> Any:
+        surrounding = set_eval_frame(None)  # by a torch.compile around us, which must not see us
+        try:
+            compiler = surrounding if callable(surrounding) else None
+            if compiler is not self._compiler:  # it shall see the blocks alone
+                self._compiler = compiler
+                for call in self.block_calls:
+                    call.install(compiler)
+            return self._run_step(args, kwargs)
+        finally:
+            set_eval_frame(surrounding)
+
+    def _run_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._open_step(args, kwargs)
         try:
             output = self.transformer._call_impl(*args, **kwargs)
@@ -218,13 +234,15 @@ class _TransformerCache:
         )
 
     def _open_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(call.block._compiled_call_impl is not call for call in self.corner_calls):
-            self._install_again()  # compiled since the last step
-        timestep, text = (
+        for call in self.corner_calls:
+            if not call.is_outermost:
+                self._install_again()  # compiled since the last step
+                break
+        given = [
             kwargs[name] if name in kwargs else args[place] if place < len(args) else None
             for name, place in self._arguments
-        )
-        self.step = self.calls.open_step(timestep, text)
+        ]
+        self.step = self.calls.open_step(*given)
 
     def _install_again(self) -> None:
         """Come back outside of blocks that were compiled meanwhile.
@@ -233,7 +251,7 @@ class _TransformerCache:
         between that nobody passes through costs time on a skipped step, but changes nothing.
         """
         for call in self.block_calls:
-            if call.block._compiled_call_impl is not call:
+            if not call.is_outermost:
                 call.install()
 
     def _close_step(self) -> None:
@@ -329,30 +347,48 @@ class _BlockCall:
     skipped block does not wake. Copies of the block, and pickled ones, come without it.
     """
 
-    __slots__ = ("block", "cache", "inner", "names", "places", "take")
-
     def __init__(self, cache: _TransformerCache, block: nn.Module, stack: BlockStack) -> None:
         self.cache, self.block, self.names = cache, block, stack.outputs
         self.take = itemgetter(*stack.outputs)  # a tuple, or with one name a value
         self.places = _places(block, stack.outputs)
+        self.compiled: Callable[..., Any] | None = None  # the block's call, where it is compiled
+        self.call: Callable[..., Any] | None = None  # what was installed
 
-    def install(self) -> None:
-        """Take the place of the block's call, whatever it is by now: plain, or compiled."""
-        compiled = self.block._compiled_call_impl
-        self.inner = self.block._call_impl if compiled is None else compiled
-        self.block._compiled_call_impl = self
+    @property
+    def is_outermost(self) -> bool:
+        """Whether calls come to us first; not, if the block was compiled since `install`."""
+        return self.block._compiled_call_impl is self.call
+
+    def install(self, compiler: Callable[..., Any] | None = None) -> None:
+        """Take the place of the block's call, whatever it is by now: plain, or compiled.
+
+        A plain one runs under `compiler`, if there is one.
+        """
+        if not self.is_outermost:
+            self.compiled = self.block._compiled_call_impl
+        if self.compiled is not None:
+            self.inner = self.compiled
+        elif compiler is not None:
+            self.inner = _under(compiler, self.block._call_impl)
+        else:
+            self.inner = self.block._call_impl
+        self.block._compiled_call_impl = self.call = self.make_call()
 
     def uninstall(self) -> None:
         """Put back what was there; if somebody compiled the block since the last step, nothing."""
-        if self.block._compiled_call_impl is self:
-            compiled = None if self.inner == self.block._call_impl else self.inner
-            self.block._compiled_call_impl = compiled
+        if self.is_outermost:
+            self.block._compiled_call_impl = self.compiled
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # One frame and nothing more: this runs for every block of every step.
-        if self.cache.skips:
-            return self.take(kwargs) if not args else self.pass_through(args, kwargs)
-        return self.inner(*args, **kwargs)
+    def make_call(self) -> Callable[..., Any]:
+        """The function that stands for the block's call: one frame, as it runs in every step."""
+        cache, inner, take, pass_through = self.cache, self.inner, self.take, self.pass_through
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if cache.skips:
+                return pass_through(args, kwargs) if args else take(kwargs)
+            return inner(*args, **kwargs)
+
+        return call
 
     def pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block would return if it changed nothing."""
@@ -366,8 +402,6 @@ class _BlockCall:
 class _CornerCall(_BlockCall):
     """The call of a first, a last, or a last probe block: where tokens are taken and given."""
 
-    __slots__ = ("ends_probe", "is_first", "is_last", "stack")
-
     def __init__(
         self, cache: _TransformerCache, block: nn.Module, stack: BlockStack, index: int
     ) -> None:
@@ -378,7 +412,10 @@ class _CornerCall(_BlockCall):
         self.ends_probe = index == cache.config.probe_depth - 1
         self.is_last = index == len(cache.blocks) - 1
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def make_call(self) -> Callable[..., Any]:
+        return self._call
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         cache = self.cache
         if cache.step is None:  # called on its own, outside the transformer
             return self.inner(*args, **kwargs)
@@ -402,14 +439,26 @@ class _CornerCall(_BlockCall):
             text = values[name][:, : -self.cache.num_tokens]
             y = torch.cat([text.to(y.dtype), y], dim=1)
         values[name] = y
-        outputs = tuple(values.values())
-        return outputs if len(outputs) > 1 else outputs[0]
+        return self.take(values)
 
     def _tokens(self, output: Any) -> Tensor:
         """The image tokens [B, S, D] of a block's output."""
         names = self.names
         hidden = output if len(names) == 1 else output[names.index(self.stack.hidden_states)]
         return hidden[:, -self.cache.num_tokens :] if self.stack.text_in_front else hidden
+
+
+def _under(compiler: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    """A call whose frames the compiler sees, for where nothing is compiled around it."""
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        set_eval_frame(compiler)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            set_eval_frame(None)
+
+    return compiled
 
 
 def _places(block: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
