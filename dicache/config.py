@@ -14,6 +14,7 @@ _ROUNDINGS = ("floor", "nearest", "next")
 _ERRORS = ("delta_y", "delta_minus", "alignment", "weighted_alignment")
 _ALIGNMENTS = ("l1", "least_squares")
 _GRANULARITIES = ("batch", "sample")
+_CFGS = ("independent", "shared")
 _BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 
 
@@ -51,12 +52,17 @@ class DiCacheConfig:
             records, `R` probes and reuses. It overrides threshold, retention, last step and
             limit. Steps beyond the mask are computed.
         num_inference_steps: Number N of steps of a run, where neither pipeline nor caller says it.
-        granularity: `"batch"` takes one decision for the whole batch, `"sample"` one a sample.
+        granularity: `"batch"` takes one decision for the whole batch, `"sample"` one a sample: each
+            has its own error, weights and schedule, as if it were generated alone.
+        cfg: Classifier-free guidance. `"independent"`: every branch of a step decides for itself.
+            `"shared"`: the branch that is called first decides for all, so that no step is reused
+            in one branch only. The others still run their probe, for their weights, and compute
+            where they must. Branches that lie in one batch (context `"cond_uncond"`) decide by
+            their mean error where every sample has its own decision.
         backend: Which implementation of the operators to use; see `dicache.ops`.
 
     Raises:
         ValueError: A field has a value outside its range; the message names all three.
-        NotImplementedError: `granularity="sample"`, which is planned and not there yet.
     """
 
     threshold: float | None = None
@@ -72,6 +78,7 @@ class DiCacheConfig:
     schedule: str | None = None
     num_inference_steps: int | None = None
     granularity: str = "batch"
+    cfg: str = "independent"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -88,6 +95,7 @@ class DiCacheConfig:
         self._check_choice("error", _ERRORS)
         self._check_choice("alignment", _ALIGNMENTS)
         self._check_choice("granularity", _GRANULARITIES)
+        self._check_choice("cfg", _CFGS)
         self._check_choice("backend", _BACKENDS)
         self._check_gamma_range()
         self._check_schedule()
@@ -95,11 +103,6 @@ class DiCacheConfig:
             raise ValueError(
                 f"error={self.error!r} is the misfit of the least-squares gamma, but alignment is "
                 f"{self.alignment!r}. Expected alignment='least_squares', or another error."
-            )
-        if self.granularity == "sample":
-            raise NotImplementedError(
-                "granularity='sample' (one decision per sample of a batch) is not available yet. "
-                "Use granularity='batch', or generate the samples one by one."
             )
 
     @classmethod

@@ -35,14 +35,17 @@ class Gate:
             return False
         return num_inference_steps is None or step >= config.retained_steps(num_inference_steps)
 
-    def decide(self, error: float, gamma: float) -> str:
+    def decide(self, error: float, gamma: float, leader_reuses: bool | None = None) -> str:
         """ "reuse" or "resume" for a probed step; `accumulated_error` then holds what was compared.
 
-        A non-finite error or gamma resumes. Call `finish` when the step is done.
+        A non-finite error or gamma resumes. Else, where another gate leads, its answer is taken.
+        Call `finish` when the step is done.
         """
         self.accumulated_error += error
-        is_finite = math.isfinite(error) and math.isfinite(gamma)
-        return "reuse" if is_finite and self.may_reuse() else "resume"
+        if not (math.isfinite(error) and math.isfinite(gamma)):
+            return "resume"
+        reuses = self.may_reuse() if leader_reuses is None else leader_reuses
+        return "reuse" if reuses else "resume"
 
     def may_reuse(self) -> bool:
         """Whether the error accumulated so far, and the rules, leave room for a reused step."""

@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,31 +43,37 @@ class DiCacheWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate decided on one probed step.
+    """What the gate decided on one probed step, for the whole batch or for one sample.
 
     Attributes:
-        action: `"reuse"` or `"resume"` (`"compute"` if the probe showed that a new run began).
-        error: The step's error; `None` for `"compute"`.
-        accumulated_error: What was compared with the threshold; `None` for `"compute"`.
-        gamma: The weight that `reuse` will use; `None` for `"compute"`.
+        action: `"reuse"` or `"resume"` (`"compute"` if the probe showed that a new run began). With
+            a decision a sample, `"reuse"` if all samples reuse.
+        error: The step's error; `None` for `"compute"`, and where every sample has its own.
+        accumulated_error: What was compared with the threshold; `None` likewise.
+        gamma: The weight that `reuse` will use; `None` likewise.
+        samples: With `granularity="sample"`, the decision for every sample.
     """
 
     action: str
     error: float | None = None
     accumulated_error: float | None = None
     gamma: float | None = None
+    samples: tuple[Decision, ...] = ()
 
 
 _COMPUTE = Decision("compute")
+# What pipelines call a batch of [unconditional, conditional] samples.
+_BRANCHES_IN_BATCH = "cond_uncond"
 
 
 class _Context:
-    """Gate, trajectory and position of one context (`"cond"`, `"uncond"`, ...) in one run."""
+    """Gates, trajectory and position of one context (`"cond"`, `"uncond"`, ...) in one run."""
 
     def __init__(self, config: DiCacheConfig) -> None:
-        self.gate = Gate(config)
+        self.gates = [Gate(config)]  # one for the whole batch, or one a sample
         self.trajectory: Trajectory | None = None
         self.next_step = 0
+        self.reused: list[bool] = []  # whether the last step was reused, for every gate
         self.timestep: float | None = None  # of the last step
         self.has_history = False  # whether the last step was ended by reuse or record
 
@@ -234,6 +241,7 @@ class Step:
     Attributes:
         action: `"compute"`, until `probe` decides on `"resume"` or `"reuse"`.
         needs_probe: Whether to ask `probe`; `False` on a step that is computed anyway.
+        rows: Where samples disagree, those whose remaining blocks have to run; else `None`.
     """
 
     def __init__(self, session: DiCacheSession, name: str, state: _Context, is_last: bool) -> None:
@@ -241,11 +249,14 @@ class Step:
         self._name = name
         self._state = state
         self._decision = _COMPUTE
-        self._gamma: Tensor | None = None
+        self._gamma: Tensor | None = None  # [B]
         self._queued: Tensor | None = None  # the reused tokens, where `probe` began with them
         self._done = False
         self._promise: tuple[Tensor, Callable[[float], bool]] | None = None
         self._size = session._step_size(state)
+        self._by_sample = session.config.granularity == "sample"
+        self._shares_decisions = session.config.cfg == "shared"
+        self.rows: list[int] | None = None
         self.needs_probe = self._is_judged(is_last) and state.has_history
         if not state.has_history and state.trajectory is not None:
             state.trajectory.drop_entries()
@@ -266,7 +277,9 @@ class Step:
         """Leave the step; what `with` does at its end."""
         if not self._done:
             self._done = True
-            self._state.gate.finish(reused=False)
+            for gate in self._state.gates:
+                gate.finish(reused=False)
+            self._state.reused = [False] * len(self._state.gates)
             self._state.next_step += 1
 
     @property
@@ -308,44 +321,89 @@ class Step:
         trajectory = self._matching_trajectory(x, p)
         if not self.needs_probe:  # the layout was new: this is now the first step of a run
             return self._decision
-        gate = self._state.gate
         result = trajectory.statistics(x, p)  # [B + 1, 2]
         readback = Readback(result) if self._promise is None else Readback(result, self._promise[0])
-        batch = x.shape[0]
-        last = result.storage_offset() + 2 * batch + 1  # gamma of the whole batch, for all samples
-        self._gamma = result.as_strided((batch,), (0,), last)
-        if trajectory.runs_ahead and gate.may_reuse():
+        self._gamma = self._gamma_of_samples(result)
+        if trajectory.runs_ahead and any(gate.may_reuse() for gate in self._state.gates):
             self._queued = trajectory.combine(x, self._gamma)
         numbers, *timestep = readback.wait()
-        error, gamma = numbers[-1]  # of the whole batch
-        if self._session.config.error == "weighted_alignment":
-            error *= self._size
-        action = gate.decide(error, gamma)
-        if not (math.isfinite(error) and math.isfinite(gamma)):
-            trajectory.drop_entries()
-            self._session.warn(
-                "non-finite",
-                f"Step {self._state.next_step} of context {self._name!r}: the error is {error} and "
-                f"gamma {gamma}, so the step is computed. NaN or infinity in the model's hidden "
-                f"states is the usual cause.",
-            )
-        if action != "reuse":
-            self._queued = None
-        elif self._promise is not None and not self._promise[1](timestep[0]):
+        decisions = self._judge(numbers)
+        reuses = any(decision.action == "reuse" for decision in decisions)
+        if reuses and self._promise is not None and not self._promise[1](timestep[0]):
             self._queued, self.needs_probe = None, False
             self._state = self._session._restart(self._name)
             return self._decision
-        self._decision = Decision(action, error, gate.accumulated_error, gamma)
+        if not self._by_sample:
+            (self._decision,) = decisions
+        else:
+            rows = [row for row, each in enumerate(decisions) if each.action == "resume"]
+            self._decision = Decision("resume" if rows else "reuse", samples=tuple(decisions))
+            self.rows = rows if 0 < len(rows) < len(decisions) else None
+        if self.rows is not None and self._queued is None:
+            self._queued = trajectory.combine(x, self._gamma)
+        elif self.rows is None and self.action != "reuse":
+            self._queued = None
         return self._decision
 
+    def _gamma_of_samples(self, result: Tensor) -> Tensor:
+        """gamma [B] out of a result [B + 1, 2]: each sample's own, or the whole batch's for all."""
+        batch, start = result.shape[0] - 1, result.storage_offset()
+        if self._by_sample:
+            return result.as_strided((batch,), (2,), start + 1)
+        return result.as_strided((batch,), (0,), start + 2 * batch + 1)
+
+    def _judge(self, numbers: list[list[float]]) -> list[Decision]:
+        """A decision for every gate, from (error, gamma) of the samples and of the whole batch."""
+        decisions = []
+        judged = numbers[:-1] if self._by_sample else numbers[-1:]
+        lead = self._leaders_decision()
+        if self._shares_decisions and self._name == _BRANCHES_IN_BATCH and len(judged) % 2 == 0:
+            half = len(judged) // 2
+            means = [(judged[row][0] + judged[row + half][0]) / 2 for row in range(half)]
+            judged = [[means[row % half], gamma] for row, (_, gamma) in enumerate(judged)]
+        for row, ((error, gamma), gate) in enumerate(zip(judged, self._state.gates, strict=True)):
+            if self._session.config.error == "weighted_alignment":
+                error *= self._size
+            action = gate.decide(error, gamma, None if lead is None else lead[row])
+            if not (math.isfinite(error) and math.isfinite(gamma)):
+                self._drop_entries(row, error, gamma)
+            decisions.append(Decision(action, error, gate.accumulated_error, gamma))
+        return decisions
+
+    def _leaders_decision(self) -> list[bool] | None:
+        """Whether the branch that was called first reused this step, where it decides for all."""
+        if not self._shares_decisions:
+            return None
+        leader, state = next(iter(self._session._contexts.values())), self._state
+        did_this_step = leader is not state and leader.next_step == state.next_step + 1
+        return leader.reused if did_this_step and len(leader.reused) == len(state.gates) else None
+
+    def _drop_entries(self, row: int, error: float, gamma: float) -> None:
+        """A window with NaN or infinity in it is of no use; the step will be computed."""
+        trajectory = self._state.trajectory
+        assert trajectory is not None  # a probe was asked
+        (trajectory.samples[row] if self._by_sample else trajectory).drop_entries()
+        sample = f", sample {row}" if self._by_sample else ""
+        self._session.warn(
+            "non-finite",
+            f"Step {self._state.next_step} of context {self._name!r}{sample}: the error is {error} "
+            f"and gamma {gamma}, so the step is computed. NaN or infinity in the model's hidden "
+            f"states is the usual cause.",
+        )
+
     @torch.no_grad()
-    def hold(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Copy x and p into the cache's own buffers until `record`, and return these copies.
+    def hold(self, x: Tensor, p: Tensor) -> tuple[Any, Any]:
+        """Copy x and p into the cache's own buffers until `record`; give it what this returns.
 
         Between probe and record a computed step needs both, but nothing else does. A caller that
-        keeps the returned tensors instead of its own costs no memory beyond the cache's.
+        keeps the returned values instead of its own costs no memory beyond the cache's.
         """
-        return self._matching_trajectory(x, p).hold(x, p)
+        trajectory = self._matching_trajectory(x, p)
+        if not self._by_sample:
+            return trajectory.hold(x, p)
+        rows = self.rows or range(len(trajectory.samples))
+        held = {r: trajectory.samples[r].hold(x[r : r + 1], p[r : r + 1]) for r in rows}
+        return {r: held[r][0] for r in rows}, {r: held[r][1] for r in rows}
 
     def reuse(self, x: Tensor) -> Tensor:
         """End the step without its remaining blocks: y = x + r_old + gamma (r_new - r_old).
@@ -367,31 +425,71 @@ class Step:
         return y
 
     @torch.no_grad()
-    def record(self, x: Tensor, p: Tensor, y: Tensor) -> None:
+    def record(self, x: Any, p: Any, y: Tensor) -> Tensor:
         """End a computed step: its residuals become the newest entry of the trajectory.
 
         Args:
             x, p: As for `probe`, or what `hold` returned.
-            y: [B, ...] tokens after the last block.
+            y: [B, ...] tokens after the last block; where samples disagree, those of `rows` alone.
+
+        Returns:
+            [B, ...] tokens of all samples, those that were reused filled in.
 
         Raises:
             RuntimeError: The step ended already.
+            ValueError: y has another number of samples than `rows`.
         """
         if self._done:
             raise RuntimeError("This step ended already. Open the next one with `session.step`.")
-        self._matching_trajectory(x, p).record(x, p, y)
+        if self._by_sample:
+            y = self._record_samples(x, p, y)
+        else:
+            self._matching_trajectory(x, p).record(x, p, y)
         decision = self._decision
         if decision.action != "compute":
-            decision = Decision("resume", decision.error, decision.accumulated_error)
+            decision = Decision(
+                "resume", decision.error, decision.accumulated_error, samples=decision.samples
+            )
         self._finish(decision)
         self._session._update_peaks()
+        return y
+
+    def _record_samples(self, x: Any, p: Any, y: Tensor) -> Tensor:
+        """Record the samples that were computed, one by one: each is a batch of one."""
+        if isinstance(x, Tensor):
+            self._matching_trajectory(x, p)
+            x, p = x.split(1), p.split(1)
+        trajectory = self._state.trajectory
+        assert trajectory is not None  # hold or the line above made it
+        rows = self.rows or range(len(trajectory.samples))
+        if y.shape[0] != len(rows):
+            raise ValueError(
+                f"y has {y.shape[0]} samples. Expected {len(rows)}, those of step.rows in its "
+                f"order (None: all)."
+            )
+        trajectory.fit(y.dtype)
+        for row, tokens in zip(rows, y.split(1), strict=True):
+            trajectory.samples[row].record(x[row], p[row], tokens)
+        trajectory.end_step()
+        if self.rows is None:
+            return y
+        assert self._queued is not None  # probe filled the others in
+        filled, self._queued = self._queued, None
+        for row, tokens in zip(rows, y, strict=True):
+            filled[row] = tokens
+        return filled
 
     def _finish(self, decision: Decision) -> None:
         state, self._decision, self._done = self._state, decision, True
-        gamma = decision.gamma if decision.action == "reuse" else None
-        entry = (decision.action, decision.error, decision.accumulated_error, gamma)
-        self._session.stats.contexts[self._name].append(StepRecord(state.next_step, *entry))
-        state.gate.finish(reused=decision.action == "reuse")
+        records = self._session.stats.contexts[self._name]
+        for row, gate in enumerate(state.gates):
+            each = decision.samples[row] if decision.samples else decision
+            gamma = each.gamma if each.action == "reuse" else None
+            entry = (each.action, each.error, each.accumulated_error, gamma)
+            sample = row if self._by_sample else None
+            records.append(StepRecord(state.next_step, *entry, sample))
+            gate.finish(reused=each.action == "reuse")
+        state.reused = [gate.consecutive_reuse > 0 for gate in state.gates]
         state.next_step += 1
         state.has_history = True
 
@@ -411,7 +509,7 @@ class Step:
                 "Set DiCacheConfig(num_inference_steps=...), or use apply_dicache(pipe) instead of "
                 "applying it to the transformer.",
             )
-        return self._state.gate.wants_probe(index, steps, is_last)
+        return self._state.gates[0].wants_probe(index, steps, is_last)
 
     def _matching_trajectory(self, x: Tensor, p: Tensor) -> Trajectory:
         """The context's trajectory for tensors like these, in a new run if they changed."""
@@ -419,6 +517,11 @@ class Step:
         if trajectory is not None and not trajectory.matches(x, p):
             self._state = self._session._restart(self._name)
             self._decision, self.needs_probe, trajectory = _COMPUTE, False, None
+            self.rows = self._queued = None
         if trajectory is None:
-            trajectory = self._state.trajectory = Trajectory(self._session.config, x, p)
+            config = self._session.config
+            trajectory = self._state.trajectory = Trajectory(config, x, p)
+            if self._by_sample:
+                trajectory.split()
+                self._state.gates = [Gate(config) for _ in trajectory.samples]
         return trajectory

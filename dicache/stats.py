@@ -41,6 +41,7 @@ class RunStats:
         contexts: The records of every context (`"cond"`, `"uncond"`, ...), in order of steps.
         block_calls: Transformer blocks that ran, probes included; counted by the integration, 0
             where a loop drives the session by itself.
+        block_samples: The same, each call counted once for every sample that went through it.
         cache_tensors: Largest number of hidden-state sized tensors held at once, all contexts
             together.
         cache_bytes: Largest number of bytes held at once, all contexts together.
@@ -48,6 +49,7 @@ class RunStats:
 
     contexts: dict[str, list[StepRecord]] = field(default_factory=dict)
     block_calls: int = 0
+    block_samples: int = 0
     cache_tensors: int = 0
     cache_bytes: int = 0
 

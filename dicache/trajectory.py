@@ -10,6 +10,7 @@ transposed [B, D, S]; operators that work element by element need no copy in ano
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from .config import DiCacheConfig
 from .ops import make_workspace, resolve_backend
-from .reference import wide_dtype
 
 
 class Trajectory:
@@ -61,8 +61,10 @@ class Trajectory:
             self._statistics = (*previous, *shared, least_squares, None, self._workspace)
         self.has_entry = False
         self._older_slot = 1  # host copy of 1 - newest: no device read to find the slot
-        self._probes, self._residuals = self.probe_window.unbind(), self.residual_window.unbind()
-        self._gamma_dtype = wide_dtype(x, self.residual_window)
+        self.samples: list[Trajectory] = []  # views of one sample each; see `split`
+        self._x_dtype = x.dtype
+        self._probes = self.probe_window.unbind()
+        self._take_residuals(self.residual_window)
         self.runs_ahead = x.is_cuda  # whether work may be queued while the host does something else
         self._stored_probe = False  # whether this step's p and x are in the previous-step buffers
 
@@ -75,7 +77,8 @@ class Trajectory:
         x, p = self._dense_x(x), _dense(self._view(p))
         if self.previous_probe is None:
             return self.ops.alignment_statistics(x, p, *self._statistics)[1]
-        self._stored_probe = True
+        for trajectory in (self, *self.samples):
+            trajectory._stored_probe = True
         return self.ops.probe_statistics(x, p, *self._statistics)[1]
 
     def hold(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,12 +112,7 @@ class Trajectory:
         """Push this step's residuals into the window; x and p may come from `hold`."""
         x, p, y = self._view(x), self._view(p), self._view(y)
         self._remember_probe(x, p)
-        if self.residual_window.dtype != y.dtype:
-            with torch.inference_mode(False):
-                self.residual_window = torch.zeros_like(self.residual_window, dtype=y.dtype)
-            self._residuals = self.residual_window.unbind()
-            self._gamma_dtype = wide_dtype(x, self.residual_window)
-            self.has_entry = False
+        self.fit(y.dtype)
         window = (self.residual_window, self.probe_window, self.newest, self.entry_sums)
         x, p, y = _dense(x), _dense(p), _dense(y)
         self.ops.record_residuals(
@@ -124,15 +122,50 @@ class Trajectory:
         self._older_slot = 1 - self._older_slot
         self.end_step()
 
+    def split(self) -> None:
+        """Give every sample a trajectory of its own, in `samples`, on views of these buffers.
+
+        Then samples are held and recorded one by one, in steps of their own; statistics and
+        combination go on for all in one launch.
+        """
+        for row in range(self.newest.shape[0]):
+            sample, one = copy.copy(self), slice(row, row + 1)
+            sample.newest, sample.entry_sums = self.newest[one], self.entry_sums[one]
+            sample.probe_window = self.probe_window[:, one]
+            sample._probes = sample.probe_window.unbind()
+            sample.previous_probe = (
+                None if self.previous_probe is None else self.previous_probe[one]
+            )
+            sample.previous_x = None if self.previous_x is None else self.previous_x[one]
+            sample._take_residuals(self.residual_window[:, one])
+            sample.samples = []
+            self.samples.append(sample)
+
+    def fit(self, dtype: torch.dtype) -> None:
+        """Store residuals in the dtype of what the last block returns, which may not be x's."""
+        if self.residual_window.dtype == dtype:
+            return
+        with torch.inference_mode(False):
+            self._take_residuals(self.residual_window.to(dtype))
+        for row, sample in enumerate(self.samples):
+            sample._take_residuals(self.residual_window[:, row : row + 1])
+
+    def _take_residuals(self, window: Tensor) -> None:
+        self.residual_window, self._residuals = window, window.unbind()
+        is_wide = torch.float64 in (self._x_dtype, window.dtype)
+        self._gamma_dtype = torch.float64 if is_wide else torch.float32
+
     def drop_entries(self) -> None:
         """Forget the window: what is recorded next becomes its only entry."""
-        self.has_entry = False
+        for trajectory in (self, *self.samples):
+            trajectory.has_entry = False
         self.end_step()
 
     def end_step(self) -> None:
         """The previous step's probe is now this one's; called when the step was reused, too."""
-        self._stored_probe = False
-        self._copied_x = None
+        for trajectory in (self, *self.samples):
+            trajectory._stored_probe = False
+            trajectory._copied_x = None
 
     @property
     def num_tensors(self) -> int:

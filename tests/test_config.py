@@ -38,6 +38,7 @@ from dicache import DiCacheConfig
         ("num_inference_steps", 0),
         ("num_inference_steps", 2.5),
         ("granularity", "token"),
+        ("cfg", "both"),
         ("backend", "cudnn"),
     ],
 )
@@ -64,11 +65,6 @@ def test_a_configuration_is_immutable_and_hashable():
 def test_an_alignment_error_needs_the_least_squares_gamma(error):
     with pytest.raises(ValueError, match="least_squares"):
         DiCacheConfig(error=error, alignment="l1")
-
-
-def test_decisions_per_sample_are_refused_for_now():
-    with pytest.raises(NotImplementedError, match="granularity"):
-        DiCacheConfig(granularity="sample")
 
 
 @pytest.mark.parametrize(

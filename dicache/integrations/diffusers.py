@@ -27,6 +27,7 @@ from ..config import DiCacheConfig
 from ..session import DiCacheSession, DiCacheWarning, Step
 from .calls import CallTracker
 from .families import BlockStack, ModelFamily, find_family, supported_families
+from .rows import Rows, UnknownRowsError
 
 _HOOK = "dicache"
 
@@ -136,6 +137,7 @@ class _TransformerCache:
         self.p: Tensor | None = None  # [B, S, D] tokens after the probe
         self.num_tokens = 0
         self.skips = False  # whether blocks pass their input through, after the decision to reuse
+        self.rows: Rows | None = None  # the samples that blocks run for, if not for all
         corners = {0, config.probe_depth - 1, len(self.blocks) - 1}
         self.block_calls = [
             _CornerCall(self, block, stack, index)
@@ -256,7 +258,7 @@ class _TransformerCache:
 
     def _close_step(self) -> None:
         step, self.step = self.step, None
-        self.x = self.p = None
+        self.x = self.p = self.rows = None
         self.skips = False
         if step is not None:
             step.close()
@@ -273,19 +275,27 @@ class _TransformerCache:
         if self.step.needs_probe:
             self.step.probe(self.x, p)
         self.skips = self.step.action == "reuse"
-        self.session.stats.block_calls += self.config.probe_depth
+        if self.step.rows is not None:
+            self.rows = Rows(self.step.rows, p)
+        self._count(self.config.probe_depth, p.shape[0])
         if not self.skips:
             self.x, self.p = self.step.hold(self.x, p)
 
-    def after_last_block(self, y: Tensor) -> None:
-        """Record a computed step."""
+    def after_last_block(self, y: Tensor) -> Tensor:
+        """Record a computed step; the tokens of all samples."""
         assert self.step is not None
         if self.x is None or self.p is None:
-            return
-        self.step.record(self.x, self.p, y)
-        self.session.stats.block_calls += len(self.blocks) - self.config.probe_depth
+            return y
+        self._count(len(self.blocks) - self.config.probe_depth, y.shape[0])
+        y = self.step.record(self.x, self.p, y)
         self.x = self.p = None
         self._install_again()
+        return y
+
+    def _count(self, blocks: int, samples: int) -> None:
+        stats = self.session.stats
+        stats.block_calls += blocks
+        stats.block_samples += blocks * samples
 
     def _check(self) -> None:
         name = type(self.transformer).__name__
@@ -349,8 +359,9 @@ class _BlockCall:
 
     def __init__(self, cache: _TransformerCache, block: nn.Module, stack: BlockStack) -> None:
         self.cache, self.block, self.names = cache, block, stack.outputs
+        self.stack = stack
         self.take = itemgetter(*stack.outputs)  # a tuple, or with one name a value
-        self.places = _places(block, stack.outputs)
+        self.places = _places(block)
         self.compiled: Callable[..., Any] | None = None  # the block's call, where it is compiled
         self.call: Callable[..., Any] | None = None  # what was installed
 
@@ -381,14 +392,48 @@ class _BlockCall:
 
     def make_call(self) -> Callable[..., Any]:
         """The function that stands for the block's call: one frame, as it runs in every step."""
-        cache, inner, take, pass_through = self.cache, self.inner, self.take, self.pass_through
+        cache, inner, take = self.cache, self.inner, self.take
+        pass_through, run_rows = self.pass_through, self.run_rows
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if cache.skips:
                 return pass_through(args, kwargs) if args else take(kwargs)
+            if cache.rows is not None:
+                return run_rows(args, kwargs)
             return inner(*args, **kwargs)
 
         return call
+
+    def run_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block for some samples only; the others keep what they came with."""
+        assert self.cache.rows is not None
+        output = self.run_gathered(args, kwargs)
+        if output is None:  # the block ran for all
+            return self.inner(*args, **kwargs)
+        values = self.by_name(output)
+        for name, rows in values.items():
+            values[name] = self.cache.rows.scatter(rows, self.argument(name, args, kwargs))
+        return self.take(values)
+
+    def run_gathered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's output for some samples; `None` if its arguments cannot be told apart."""
+        rows = self.cache.rows
+        assert rows is not None
+        given = {name: args[i] for name, i in self.places.items() if i < len(args)} | kwargs
+        try:
+            gathered = rows.gather(given, self.stack.per_sample)
+        except UnknownRowsError as error:
+            self.cache.session.warn("rows", f"{type(self.block).__name__}: {error}")
+            return None
+        args = (
+            tuple(gathered.pop(name) for name, place in self.places.items() if place < len(args))
+            + args[len(self.places) :]
+        )
+        return self.inner(*args, **gathered)
+
+    def by_name(self, output: Any) -> dict[str, Any]:
+        """A block's output by the names of its arguments."""
+        return dict(zip(self.names, output if len(self.names) > 1 else (output,), strict=True))
 
     def pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block would return if it changed nothing."""
@@ -406,8 +451,6 @@ class _CornerCall(_BlockCall):
         self, cache: _TransformerCache, block: nn.Module, stack: BlockStack, index: int
     ) -> None:
         super().__init__(cache, block, stack)
-        self.stack = stack
-        self.places |= _places(block, (stack.hidden_states,))
         self.is_first = index == 0
         self.ends_probe = index == cache.config.probe_depth - 1
         self.is_last = index == len(cache.blocks) - 1
@@ -423,6 +466,10 @@ class _CornerCall(_BlockCall):
             cache.enter_blocks(self.argument(self.stack.hidden_states, args, kwargs))
         if cache.skips:
             return self._give(args, kwargs) if self.is_last else self.pass_through(args, kwargs)
+        if cache.rows is not None and not self.is_last:
+            return self.run_rows(args, kwargs)
+        if cache.rows is not None:
+            return self._end_for_rows(args, kwargs)
         output = self.inner(*args, **kwargs)
         if self.ends_probe:
             cache.after_probe(self._tokens(output))
@@ -430,16 +477,36 @@ class _CornerCall(_BlockCall):
             cache.after_last_block(self._tokens(output))
         return output
 
+    def _end_for_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the last block for the samples that are computed, and fill the others in."""
+        rows = self.cache.rows
+        assert rows is not None
+        output = self.run_gathered(args, kwargs)
+        if output is None:
+            output = self.inner(*args, **kwargs)
+            y = self.cache.after_last_block(rows.take(self._tokens(output)))
+            values = self.by_name(output)
+        else:
+            y = self.cache.after_last_block(self._tokens(output))
+            values = {
+                name: rows.scatter(part, self.argument(name, args, kwargs))
+                for name, part in self.by_name(output).items()
+            }
+        return self._with_tokens(values, y)
+
     def _give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = {name: self.argument(name, args, kwargs) for name in self.names}
         step, x = self.cache.step, self.cache.x
         assert step is not None and x is not None  # set by block 0 of this call
-        y, name = step.reuse(x), self.stack.hidden_states
+        return self._with_tokens(values, step.reuse(x))
+
+    def _with_tokens(self, values: dict[str, Any], y: Tensor) -> Any:
+        """A block's output with these image tokens in it."""
+        name = self.stack.hidden_states
         if self.stack.text_in_front:
             text = values[name][:, : -self.cache.num_tokens]
             y = torch.cat([text.to(y.dtype), y], dim=1)
-        values[name] = y
-        return self.take(values)
+        return self.take({**values, name: y})
 
     def _tokens(self, output: Any) -> Tensor:
         """The image tokens [B, S, D] of a block's output."""
@@ -461,7 +528,8 @@ def _under(compiler: Callable[..., Any], call: Callable[..., Any]) -> Callable[.
     return compiled
 
 
-def _places(block: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
-    """Where these arguments are among the positional ones of a block."""
-    parameters = list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
-    return {name: parameters.index(name) for name in names}
+def _places(block: nn.Module) -> dict[str, int]:
+    """Where a block's arguments are among the positional ones."""
+    parameters = list(inspect.signature(type(unwrap_module(block)).forward).parameters.values())[1:]
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return {name: place for place, name in enumerate(named)}

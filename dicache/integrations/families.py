@@ -21,6 +21,22 @@ from dataclasses import dataclass
 from typing import Any
 
 HIDDEN, TEXT = "hidden_states", "encoder_hidden_states"
+# What blocks take for every sample, by the names that diffusers gives it. Rotary tables are not
+# there: in most models all samples share one.
+PER_SAMPLE = (
+    HIDDEN,
+    TEXT,
+    "temb",
+    "temb_mod",
+    "temb_mod_img",
+    "temb_mod_txt",
+    "token_replace_emb",
+    "modulate_index",
+    "attention_mask",
+    "encoder_attention_mask",
+    "encoder_hidden_states_mask",
+    "joint_attention_kwargs.ip_hidden_states",
+)
 
 
 @dataclass(frozen=True)
@@ -34,12 +50,16 @@ class BlockStack:
         hidden_states: Name of the argument and output that carries the image or video tokens.
         text_in_front: Whether that tensor is [text, image] along the sequence. The image tokens
             are then its last ones, as many as entered block 0.
+        per_sample: Names of the arguments whose tensors have a row a sample, so that a part of a
+            batch can be run; `name.key` is an entry of a dictionary. Tensors may lie in lists,
+            tuples and dictionaries. One with a single row is shared by all samples.
     """
 
     attribute: str
     outputs: tuple[str, ...] = (HIDDEN,)
     hidden_states: str = HIDDEN
     text_in_front: bool = False
+    per_sample: tuple[str, ...] = PER_SAMPLE
 
 
 @dataclass(frozen=True)
@@ -165,7 +185,7 @@ _FAMILIES = {
         ModelFamily(
             "ltx",
             "LTXVideoTransformer3DModel",
-            (BlockStack("transformer_blocks"),),
+            (BlockStack("transformer_blocks", per_sample=(*PER_SAMPLE, "image_rotary_emb")),),
             threshold=0.1,
             alignment_threshold=0.035,
         ),

@@ -1,0 +1,69 @@
+"""Running a part of a batch through a block: gathering its arguments, scattering its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class UnknownRowsError(ValueError):
+    """An argument of a block has neither a row a sample nor one for all."""
+
+
+class Rows:
+    """Some samples of a batch.
+
+    Args:
+        rows: Their places in the batch.
+        like: [B, ...] a tensor of the batch, for its size and device.
+    """
+
+    def __init__(self, rows: Sequence[int], like: Tensor) -> None:
+        self.batch = like.shape[0]
+        indices = torch.tensor(rows, pin_memory=like.is_cuda)
+        self.indices = indices.to(like.device, non_blocking=True)
+
+    def gather(self, arguments: dict[str, Any], per_sample: Sequence[str]) -> dict[str, Any]:
+        """The arguments for these samples; those that `per_sample` does not name are as they were.
+
+        Raises:
+            UnknownRowsError: A named tensor has a number of rows that is neither B nor 1.
+        """
+        gathered = dict(arguments)
+        for path in per_sample:
+            name, _, key = path.partition(".")
+            value = gathered.get(name)
+            if not key:
+                gathered[name] = self._of(value, path)
+            elif isinstance(value, dict) and key in value:
+                gathered[name] = {**value, key: self._of(value[key], path)}
+        return {name: value for name, value in gathered.items() if name in arguments}
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """These samples of a tensor [B, ...]."""
+        return tensor.index_select(0, self.indices.to(tensor.device))
+
+    def scatter(self, part: Tensor | None, whole: Tensor | None) -> Tensor | None:
+        """[B, ...] `whole` with these samples replaced; a new tensor of the part's dtype."""
+        if part is None or whole is None:
+            return part
+        return whole.to(part.dtype).index_copy(0, self.indices.to(part.device), part)
+
+    def _of(self, value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            if value.dim() == 0 or value.shape[0] == 1:
+                return value
+            if value.shape[0] != self.batch:
+                raise UnknownRowsError(
+                    f"argument {path!r} has shape {list(value.shape)} in a batch of {self.batch}. "
+                    f"Expected a row a sample or one for all, so the block ran for all samples."
+                )
+            return self.take(value)
+        if isinstance(value, dict):
+            return {key: self._of(each, path) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._of(each, path) for each in value)
+        return value

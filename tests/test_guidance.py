@@ -1,0 +1,132 @@
+"""cfg="shared": one decision for both branches of a step; "independent": one each."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import pipeline, run
+from torch import Tensor
+
+from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, apply_dicache, get_stats
+
+NUM_STEPS = 16
+LETTERS = {"compute": "C", "resume": "c", "reuse": "R"}
+
+
+def session_with(cfg: str, **changes: Any) -> DiCacheSession:
+    values = {"threshold": 0.5, "retention_ratio": 0.0, "compute_last_step": False, "cfg": cfg}
+    return DiCacheSession(DiCacheConfig(**{**values, **changes}))
+
+
+def branch(step: int, jumps: float, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """x, p, y of a branch that moves on evenly, but for jumps of this size."""
+    generator = torch.Generator().manual_seed(7)
+    x, p, y = (torch.randn(batch, 4, 8, generator=generator) for _ in range(3))
+    moved = 0.1 * step + jumps * torch.randn(x.shape, generator=generator.manual_seed(step))
+    return x + 0.2 * step, p + moved, y + 0.3 * step
+
+
+def step(session: DiCacheSession, name: str, index: int, values: tuple[Tensor, ...]) -> str:
+    x, p, y = values
+    with session.step(
+        name, timestep=1 - index / NUM_STEPS, num_inference_steps=NUM_STEPS
+    ) as opened:
+        if opened.needs_probe:
+            opened.probe(x, p)
+        if opened.action == "reuse":
+            opened.reuse(x)
+        else:
+            rows = opened.rows or range(len(y))
+            opened.record(x, p, y[list(rows)])
+    return opened.action
+
+
+def schedule(records: list[Any], sample: int | None = None) -> str:
+    return "".join(LETTERS[r.action] for r in records if sample is None or r.sample == sample)
+
+
+def drive(session: DiCacheSession, jumps: dict[str, float]) -> dict[str, str]:
+    for index in range(NUM_STEPS):
+        for name, size in jumps.items():
+            step(session, name, index, branch(index, size))
+    return {name: schedule(session.stats.contexts[name]) for name in jumps}
+
+
+def test_the_first_branch_decides_for_both() -> None:
+    jumps = {"cond": 0.01, "uncond": 1.0}
+    independent = drive(session_with("independent"), jumps)
+    shared = drive(session_with("shared"), jumps)
+    alone = drive(session_with("independent"), {"cond": 0.01})
+    assert independent["cond"] != independent["uncond"]
+    assert shared["cond"] == shared["uncond"] == alone["cond"]
+    assert {"R", "c"} <= set(shared["cond"])
+    assert drive(session_with("shared"), {"cond": 1.0, "uncond": 0.01})["uncond"].count("R") < 3
+
+
+def test_samples_follow_their_own_leader() -> None:
+    session = session_with("shared", granularity="sample")
+    for index in range(NUM_STEPS):
+        calm, wild = branch(index, 0.01), branch(index, 1.0)
+        both = tuple(torch.cat(pair) for pair in zip(calm, wild, strict=True))
+        step(session, "cond", index, both)
+        step(session, "uncond", index, tuple(value.flip(0) for value in both))
+    cond, uncond = (session.stats.contexts[name] for name in ("cond", "uncond"))
+    assert schedule(cond, 0) != schedule(cond, 1)
+    for sample in (0, 1):
+        assert schedule(cond, sample) == schedule(uncond, sample)
+
+
+def test_a_branch_that_must_compute_does() -> None:
+    """NaN in the second branch alone: it computes, and the first one's decisions stand."""
+    session = session_with("shared", threshold=math.inf)
+    for index in range(8):
+        step(session, "cond", index, branch(index, 0.01))
+        x, p, y = branch(index, 0.01)
+        with pytest.warns(DiCacheWarning, match="'uncond'") if index == 4 else nullcontext():
+            step(session, "uncond", index, (x, p * math.nan if index == 4 else p, y))
+    assert schedule(session.stats.contexts["cond"]) == "CRRRRRRR"
+    assert schedule(session.stats.contexts["uncond"]) == "CRRRccRR"
+
+
+def test_a_branch_without_history_computes_and_leads_nobody_astray() -> None:
+    session = session_with("shared", threshold=math.inf)
+    for index in range(6):
+        step(session, "cond", index, branch(index, 0.01))
+        if index == 3:
+            session.forget("uncond")
+        step(session, "uncond", index, branch(index, 0.01))
+    assert schedule(session.stats.contexts["cond"]) == "CRRRRR"
+    assert schedule(session.stats.contexts["uncond"]) == "CRRCRR"
+
+
+def test_branches_in_one_batch_share_by_their_mean_error() -> None:
+    """[uncond, cond] with a decision a sample: sample b and b + B / 2 belong together."""
+
+    def schedules(cfg: str, name: str) -> list[str]:
+        session = session_with(cfg, granularity="sample")
+        for index in range(NUM_STEPS):
+            parts = [branch(index, size) for size in (0.01, 0.5, 1.0, 0.01)]
+            step(session, name, index, tuple(torch.cat(p) for p in zip(*parts, strict=True)))
+        return [schedule(session.stats.contexts[name], sample) for sample in range(4)]
+
+    apart, together = schedules("independent", "cond_uncond"), schedules("shared", "cond_uncond")
+    assert together[0] == together[2] and together[1] == together[3]
+    assert apart[0] != apart[2]
+    assert schedules("shared", "cond") == apart  # another batch is no pair of branches
+
+
+@pytest.mark.parametrize("cfg", ["independent", "shared"])
+def test_wan_pipeline(cfg: str) -> None:
+    pipe = pipeline("wan")
+    rules = {"threshold": 0.15, "retention_ratio": 0.0, "compute_last_step": False}
+    apply_dicache(pipe, DiCacheConfig(cfg=cfg, **rules))
+    run("wan", pipe, num_steps=20)
+    contexts = get_stats(pipe)["transformer"].contexts
+    cond, uncond = (schedule(contexts[name]) for name in ("cond", "uncond"))
+    assert "R" in cond and "c" in cond
+    if cfg == "shared":
+        assert cond == uncond

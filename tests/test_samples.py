@@ -1,0 +1,255 @@
+"""granularity="sample": every sample of a batch goes its own way, as if it were generated alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, blocks, build, calls
+from tiny_pipelines import pipeline
+from tiny_pipelines import run as run_pipeline
+from torch import Tensor, nn
+
+from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, apply_dicache, get_stats
+from dicache.integrations.rows import Rows, UnknownRowsError
+
+LETTERS = {"compute": "C", "resume": "c", "reuse": "R"}
+NUM_STEPS, BATCH = 12, 3
+# A threshold for each family's tiny model at which samples disagree.
+THRESHOLDS = dict.fromkeys(FAMILIES, 0.05)
+THRESHOLDS |= {"flux2": 0.025, "hunyuan-video-1.5": 0.03, "mochi": 0.15}
+
+
+def config(family: str, **changes: Any) -> DiCacheConfig:
+    values = {
+        "threshold": THRESHOLDS[family],
+        "granularity": "sample",
+        "num_inference_steps": NUM_STEPS,
+        "retention_ratio": 0.0,
+    }
+    return DiCacheConfig(**{**values, **changes})
+
+
+def batch_of(family: str) -> list[dict[str, Any]]:
+    """The calls of one run whose samples move at different speeds."""
+    runs = calls(family, NUM_STEPS, batch=BATCH)
+    first = runs[0]["hidden_states"]
+    speed = torch.tensor([0.3, 1.0, 3.0]).view(-1, *[1] * (first.dim() - 1))
+    for step, inputs in enumerate(runs):
+        bend = torch.sin(speed * step / 2) * first.flip(-1)
+        inputs["hidden_states"] = inputs["hidden_states"] + 0.3 * speed * bend
+    return runs
+
+
+def alone(inputs: dict[str, Any], row: int) -> dict[str, Any]:
+    """The call for one sample of the batch."""
+
+    def part(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [part(name, each) for each in value]
+        shared = name.endswith("_ids") or not isinstance(value, Tensor)
+        return value if shared or value.shape[0] != BATCH else value[row : row + 1]
+
+    return {name: part(name, value) for name, value in inputs.items()}
+
+
+def run(family: str, steps: list[dict[str, Any]], **changes: Any) -> tuple[Any, list[Tensor]]:
+    model = build(family)
+    apply_dicache(model, config(family, **changes))
+    outputs = []
+    for inputs in steps:
+        with model.cache_context("cond"):
+            outputs.append(model(**inputs)[0])
+    return model, outputs
+
+
+def schedules(model: Any) -> list[str]:
+    """The steps of every sample of the only context."""
+    (records,) = get_stats(model).contexts.values()
+    found: dict[Any, str] = {}
+    for record in records:
+        found[record.sample] = found.get(record.sample, "") + LETTERS[record.action]
+    return [found[key] for key in sorted(found)]
+
+
+def check_against_runs_alone(family: str, steps: list[dict[str, Any]], **changes: Any) -> Any:
+    """Every sample's schedule and outputs are those of a run of its own; returns the model."""
+    model, outputs = run(family, steps, **changes)
+    together = schedules(model)
+    assert len(set(together)) > 1, "the samples agree, so nothing is tested"
+    evaluations = 0
+    for row in range(BATCH):
+        single, expected = run(family, [alone(inputs, row) for inputs in steps], **changes)
+        assert schedules(single) == [together[row]]
+        evaluations += get_stats(single).block_samples
+        for output, wanted in zip(outputs, expected, strict=True):
+            assert (output[row : row + 1] - wanted).norm() <= 1e-5 * wanted.norm()
+    assert get_stats(model).block_samples == evaluations
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_equals_its_own_run(family: str) -> None:
+    check_against_runs_alone(family, batch_of(family))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"error": "delta_y", "alignment": "l1", "threshold": 0.4},
+        {"error": "delta_minus", "alignment": "l1", "threshold": 0.02},
+        {"error": "alignment", "threshold": 0.4},
+        {"probe_depth": 2},
+        {"backend": "reference"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_under_other_rules(changes: dict[str, Any]) -> None:
+    check_against_runs_alone("flux", batch_of("flux"), **changes)
+
+
+def test_residuals_added_between_blocks_reach_every_sample() -> None:
+    """As a ControlNet adds them; the blocks' callers see the whole batch."""
+    steps = batch_of("flux")
+    generator = torch.Generator().manual_seed(5)
+    control = [0.3 * torch.randn(BATCH, 16, 24, generator=generator) for _ in range(2)]
+    for inputs in steps:
+        inputs["controlnet_block_samples"] = control
+        inputs["controlnet_single_block_samples"] = control
+    check_against_runs_alone("flux", steps)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_compiled_blocks_take_parts_of_a_batch(order: str) -> None:
+    eager, expected = run("flux", batch_of("flux"))
+    model = build("flux")
+    if order == "before":
+        model.compile_repeated_blocks(backend="eager", dynamic=True)
+    apply_dicache(model, config("flux"))
+    if order == "after":
+        model.compile_repeated_blocks(backend="eager", dynamic=True)
+    for inputs, wanted in zip(batch_of("flux"), expected, strict=True):
+        with model.cache_context("cond"):
+            assert torch.equal(model(**inputs)[0], wanted)
+    assert schedules(model) == schedules(eager)
+    torch._dynamo.reset()
+
+
+def test_nan_in_one_sample_leaves_the_others_alone() -> None:
+    steps = batch_of("wan")
+    _, expected = run("wan", steps)
+    model = build("wan")
+    apply_dicache(model, config("wan"))
+    block, step = blocks("wan", model)[0], 0
+
+    def spoil(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if step != 5:
+            return output
+        rows = torch.arange(BATCH).view(-1, 1, 1)
+        return torch.where(rows == 1, torch.nan, output)
+
+    block.register_forward_hook(spoil)
+    with pytest.warns(DiCacheWarning, match="sample 1"):
+        for step, (inputs, wanted) in enumerate(zip(steps, expected, strict=True)):  # noqa: B007
+            with model.cache_context("cond"):
+                output = model(**inputs)[0]
+            for row in (0, 2):
+                assert torch.allclose(output[row], wanted[row], rtol=1e-4, atol=1e-5)
+            assert output[1].isfinite().all() == (step != 5)
+    assert schedules(model)[1][5:7] == "cc"  # computed, and its entry was of no use
+
+
+def test_an_argument_with_rows_of_its_own_kind_runs_the_block_for_all() -> None:
+    """Whatever cannot be told apart is computed, and the result is the same."""
+    steps = batch_of("flux")
+    _, expected = run("flux", steps)
+    model = build("flux")
+    apply_dicache(model, config("flux"))
+    for inputs in steps:
+        inputs["joint_attention_kwargs"] = {"ip_hidden_states": torch.zeros(2 * BATCH, 1, 1)}
+    for block in blocks("flux", model):  # takes it and has no use for it
+        block.register_forward_pre_hook(without_joint_attention_kwargs, with_kwargs=True)
+    with pytest.warns(DiCacheWarning, match="ip_hidden_states"):
+        for inputs, wanted in zip(steps, expected, strict=True):
+            with model.cache_context("cond"):
+                output = model(**inputs)[0]
+            assert (output - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def without_joint_attention_kwargs(
+    module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "joint_attention_kwargs": None}
+
+
+@pytest.mark.parametrize("name", ["ltx", "cogvideox", "mochi"])
+def test_guidance_branches_in_one_batch_have_schedules_of_their_own(name: str) -> None:
+    pipe = pipeline(name)
+    apply_dicache(pipe, DiCacheConfig(threshold=0.1, granularity="sample", retention_ratio=0))
+    run_pipeline(name, pipe, num_steps=8)
+    stats = get_stats(pipe)["transformer"]
+    (records,) = stats.contexts.values()
+    assert {record.sample for record in records} == {0, 1}
+    assert len(records) == 16 and stats.num_reused > 0
+
+
+def test_rows_are_gathered_by_name_and_scattered_back() -> None:
+    rows, whole = Rows([0, 2], torch.zeros(3, 4)), torch.arange(12.0).view(3, 4)
+    given = {
+        "temb": (whole, [whole[:1]]),
+        "rope": whole,
+        "kwargs": {"ip": [whole], "scale": 0.5},
+        "mask": None,
+    }
+    gathered = rows.gather(given, ("temb", "kwargs.ip", "mask", "absent"))
+    assert torch.equal(gathered["temb"][0], whole[[0, 2]])
+    assert gathered["temb"][1][0].shape == (1, 4)  # shared by all samples
+    assert gathered["rope"] is whole and gathered["mask"] is None and "absent" not in gathered
+    assert torch.equal(gathered["kwargs"]["ip"][0], whole[[0, 2]])
+    assert gathered["kwargs"]["scale"] == 0.5
+    assert given["kwargs"]["ip"][0] is whole  # the caller's dictionary is as it was
+    scattered = rows.scatter(-whole[[0, 2]], whole)
+    assert torch.equal(scattered, torch.stack([-whole[0], whole[1], -whole[2]]))
+    with pytest.raises(UnknownRowsError, match="'rope' has shape"):
+        rows.gather({"rope": torch.zeros(2, 4)}, ("rope",))
+
+
+# --- the session, without a model ----------------------------------------------------------------
+
+
+def test_an_engine_runs_the_rows_that_it_is_told() -> None:
+    session = DiCacheSession(DiCacheConfig(granularity="sample", threshold=0.3, retention_ratio=0))
+    reference = [
+        DiCacheSession(DiCacheConfig(threshold=0.3, retention_ratio=0)) for _ in range(BATCH)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    base = [torch.randn(BATCH, 4, 8, generator=generator) for _ in range(3)]
+    noise = torch.tensor([0.0, 0.05, 1.0]).view(-1, 1, 1)
+    mixed = 0
+    for index in range(10):
+        moved = [b + noise * torch.randn(b.shape, generator=generator) for b in base]
+        x, p, y = (value + 0.1 * index for value in moved)
+        with session.step("cond", timestep=10.0 - index, num_inference_steps=10) as step:
+            if step.needs_probe:
+                step.probe(x, p)
+            if step.action == "reuse":
+                got = step.reuse(x)
+            else:
+                mixed += step.rows is not None
+                rows = range(BATCH) if step.rows is None else step.rows
+                if step.rows is not None:
+                    with pytest.raises(ValueError, match="step.rows"):
+                        step.record(x, p, y)
+                got = step.record(x, p, y[list(rows)])
+        for row, single in enumerate(reference):
+            one = slice(row, row + 1)
+            with single.step("cond", timestep=10.0 - index, num_inference_steps=10) as step:
+                if step.needs_probe:
+                    step.probe(x[one], p[one])
+                if step.action == "reuse":
+                    wanted = step.reuse(x[one])
+                else:
+                    wanted = step.record(x[one], p[one], y[one])
+            assert torch.equal(got[one], wanted)
+    assert mixed > 0
