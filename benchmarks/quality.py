@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                   the default against presets and other caches
     python benchmarks/quality.py --study rules     variants of the default's rules
+    python benchmarks/quality.py --study guidance --model wan    one decision for both branches
 
 The shipped models run in their real pipelines, 30 steps for images and 50 for video, one sample at
 a time. Quality is the PSNR of the cached against the un-cached decoded pictures in [0, 1], capped
@@ -259,6 +260,21 @@ def rules(model: str) -> list[Method]:
     return [Method(name, functools.partial(_rules, fields)) for name, fields in VARIANTS.items()]
 
 
+def guidance(model: str) -> list[Method]:
+    """Both branches of guidance deciding for themselves, and the first one for both."""
+    (preset,) = PRESETS[model]
+    methods = []
+    for cfg in ("independent", "shared"):
+        methods.append(Method(f'cfg="{cfg}"', functools.partial(_rules, {"cfg": cfg})))
+        published = functools.partial(DiCacheConfig.preset, preset, cfg=cfg)
+        methods.append(Method(f'preset {preset}, cfg="{cfg}"', functools.partial(_at, published)))
+    return methods
+
+
+def _at(configure: Callable[..., DiCacheConfig], threshold: float) -> DiCacheConfig:
+    return configure(threshold=threshold)
+
+
 def _rules(fields: dict[str, Any], threshold: float) -> DiCacheConfig:
     return replace(DiCacheConfig(), **fields, threshold=threshold)
 
@@ -296,6 +312,7 @@ def vision_latents(
 STUDIES = {
     "caches": Study("Quality at equal cost", "quality", caches, 2000, 16),
     "rules": Study("Variants of the default's rules", "quality_rules", rules, 100, 8),
+    "guidance": Study("One decision for both branches", "quality_guidance", guidance, 300, 12),
 }
 
 
