@@ -22,15 +22,16 @@ class Readback:
 
     def __init__(self, *tensors: Tensor) -> None:
         self._copies: list[Tensor] = []
-        self._events: dict[torch.device, torch.cuda.Event] = {}  # behind the last copy of a device
+        devices: list[torch.device] = []
         for tensor in tensors:
             self._copies.append(_begin_copy(tensor) if tensor.is_cuda else tensor)
-            if tensor.is_cuda:
-                self._events[tensor.device] = _record_event(tensor.device)
+            if tensor.is_cuda and tensor.device not in devices:
+                devices.append(tensor.device)
+        self._events = [_record_event(device) for device in devices]
 
     def wait(self) -> list[Any]:
         """What `tolist` gives for each tensor: a number, or a list."""
-        for event in self._events.values():
+        for event in self._events:
             event.synchronize()
         return [copy.tolist() for copy in self._copies]
 

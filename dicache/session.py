@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -73,7 +73,6 @@ class _Context:
         self.gates = [Gate(config)]  # one for the whole batch, or one a sample
         self.trajectory: Trajectory | None = None
         self.next_step = 0
-        self.reused: list[bool] = []  # whether the last step was reused, for every gate
         self.timestep: float | None = None  # of the last step
         self.has_history = False  # whether the last step was ended by reuse or record
 
@@ -279,7 +278,6 @@ class Step:
             self._done = True
             for gate in self._state.gates:
                 gate.finish(reused=False)
-            self._state.reused = [False] * len(self._state.gates)
             self._state.next_step += 1
 
     @property
@@ -327,18 +325,12 @@ class Step:
         if trajectory.runs_ahead and any(gate.may_reuse() for gate in self._state.gates):
             self._queued = trajectory.combine(x, self._gamma)
         numbers, *timestep = readback.wait()
-        decisions = self._judge(numbers)
-        reuses = any(decision.action == "reuse" for decision in decisions)
-        if reuses and self._promise is not None and not self._promise[1](timestep[0]):
-            self._queued, self.needs_probe = None, False
+        decision = self._judge_samples(numbers) if self._by_sample else self._judge(*numbers[-1])
+        self._decision = decision
+        if self._promise is not None and self._reuses_any() and not self._promise[1](timestep[0]):
             self._state = self._session._restart(self._name)
-            return self._decision
-        if not self._by_sample:
-            (self._decision,) = decisions
-        else:
-            rows = [row for row, each in enumerate(decisions) if each.action == "resume"]
-            self._decision = Decision("resume" if rows else "reuse", samples=tuple(decisions))
-            self.rows = rows if 0 < len(rows) < len(decisions) else None
+            self._decision, self.needs_probe = _COMPUTE, False
+        self.rows = self._rows_to_compute()
         if self.rows is not None and self._queued is None:
             self._queued = trajectory.combine(x, self._gamma)
         elif self.rows is None and self.action != "reuse":
@@ -352,31 +344,44 @@ class Step:
             return result.as_strided((batch,), (2,), start + 1)
         return result.as_strided((batch,), (0,), start + 2 * batch + 1)
 
-    def _judge(self, numbers: list[list[float]]) -> list[Decision]:
-        """A decision for every gate, from (error, gamma) of the samples and of the whole batch."""
-        decisions = []
-        judged = numbers[:-1] if self._by_sample else numbers[-1:]
-        lead = self._leaders_decision()
-        if self._shares_decisions and self._name == _BRANCHES_IN_BATCH and len(judged) % 2 == 0:
-            half = len(judged) // 2
-            means = [(judged[row][0] + judged[row + half][0]) / 2 for row in range(half)]
-            judged = [[means[row % half], gamma] for row, (_, gamma) in enumerate(judged)]
-        for row, ((error, gamma), gate) in enumerate(zip(judged, self._state.gates, strict=True)):
-            if self._session.config.error == "weighted_alignment":
-                error *= self._size
-            action = gate.decide(error, gamma, None if lead is None else lead[row])
-            if not (math.isfinite(error) and math.isfinite(gamma)):
-                self._drop_entries(row, error, gamma)
-            decisions.append(Decision(action, error, gate.accumulated_error, gamma))
-        return decisions
+    def _judge(self, error: float, gamma: float, row: int = 0) -> Decision:
+        """The decision of one gate."""
+        gate = self._state.gates[row]
+        if self._session.config.error == "weighted_alignment":
+            error *= self._size
+        leader_reuses = self._leader_reuses(row) if self._shares_decisions else None
+        action = gate.decide(error, gamma, leader_reuses)
+        if not (math.isfinite(error) and math.isfinite(gamma)):
+            self._drop_entries(row, error, gamma)
+        return Decision(action, error, gate.accumulated_error, gamma)
 
-    def _leaders_decision(self) -> list[bool] | None:
-        """Whether the branch that was called first reused this step, where it decides for all."""
-        if not self._shares_decisions:
-            return None
+    def _judge_samples(self, numbers: list[list[float]]) -> Decision:
+        """A decision for every sample, from its (error, gamma); the last pair is the batch's."""
+        errors = [error for error, _ in numbers[:-1]]
+        if self._shares_decisions and self._name == _BRANCHES_IN_BATCH and len(errors) % 2 == 0:
+            half = len(errors) // 2
+            errors = 2 * [(errors[row] + errors[row + half]) / 2 for row in range(half)]
+        judged = tuple(self._judge(e, numbers[row][1], row) for row, e in enumerate(errors))
+        reuses_all = all(decision.action == "reuse" for decision in judged)
+        return Decision("reuse" if reuses_all else "resume", samples=judged)
+
+    def _leader_reuses(self, row: int) -> bool | None:
+        """Whether the branch that is called first reused this step; `None` if it is this one."""
         leader, state = next(iter(self._session._contexts.values())), self._state
         did_this_step = leader is not state and leader.next_step == state.next_step + 1
-        return leader.reused if did_this_step and len(leader.reused) == len(state.gates) else None
+        if not did_this_step or len(leader.gates) != len(state.gates):
+            return None
+        return leader.gates[row].consecutive_reuse > 0
+
+    def _reuses_any(self) -> bool:
+        decision = self._decision
+        return any(each.action == "reuse" for each in decision.samples or (decision,))
+
+    def _rows_to_compute(self) -> list[int] | None:
+        if not self._decision.samples or not self._reuses_any() or self.action == "reuse":
+            return None
+        samples = self._decision.samples
+        return [row for row, each in enumerate(samples) if each.action != "reuse"]
 
     def _drop_entries(self, row: int, error: float, gamma: float) -> None:
         """A window with NaN or infinity in it is of no use; the step will be computed."""
@@ -397,7 +402,16 @@ class Step:
 
         Between probe and record a computed step needs both, but nothing else does. A caller that
         keeps the returned values instead of its own costs no memory beyond the cache's.
+
+        Raises:
+            RuntimeError: The step ended already, or it needs a probe and was not probed: what is
+                held lies where the trajectory's older entry was.
         """
+        if self._done or (self.needs_probe and self.action == "compute"):
+            raise RuntimeError(
+                "Only a step that is going to be computed is held, after `probe` if it needs one."
+            )
+        self._resume()
         trajectory = self._matching_trajectory(x, p)
         if not self._by_sample:
             return trajectory.hold(x, p)
@@ -441,18 +455,24 @@ class Step:
         """
         if self._done:
             raise RuntimeError("This step ended already. Open the next one with `session.step`.")
+        self._resume()
         if self._by_sample:
             y = self._record_samples(x, p, y)
         else:
             self._matching_trajectory(x, p).record(x, p, y)
-        decision = self._decision
-        if decision.action != "compute":
-            decision = Decision(
-                "resume", decision.error, decision.accumulated_error, samples=decision.samples
-            )
-        self._finish(decision)
+        self._finish(self._decision)
         self._session._update_peaks()
         return y
+
+    def _resume(self) -> None:
+        """The step is computed, also where it might have been reused."""
+        if self.action == "reuse":
+            self._queued = None
+            resumed = [
+                Decision("resume", each.error, each.accumulated_error)
+                for each in (self._decision, *self._decision.samples)
+            ]
+            self._decision = replace(resumed[0], samples=tuple(resumed[1:]))
 
     def _record_samples(self, x: Any, p: Any, y: Tensor) -> Tensor:
         """Record the samples that were computed, one by one: each is a batch of one."""
@@ -489,7 +509,6 @@ class Step:
             sample = row if self._by_sample else None
             records.append(StepRecord(state.next_step, *entry, sample))
             gate.finish(reused=each.action == "reuse")
-        state.reused = [gate.consecutive_reuse > 0 for gate in state.gates]
         state.next_step += 1
         state.has_history = True
 

@@ -10,6 +10,7 @@ twice.
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -146,6 +147,7 @@ class _TransformerCache:
             for index, (block, stack) in enumerate(self.blocks)
         ]
         self._compiler: Callable[..., Any] | None = None
+        self._in_use = threading.Lock()
         self.corner_calls = [self.block_calls[index] for index in sorted(corners)]
 
     def attach(self) -> None:
@@ -213,6 +215,18 @@ class _TransformerCache:
             set_eval_frame(surrounding)
 
     def _run_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                f"This {type(self.transformer).__name__} is running already, in another thread. "
+                f"Its cache belongs to one run at a time. Give every thread a transformer of its "
+                f"own, let them take turns, or call remove_dicache."
+            )
+        try:
+            return self._run_step_alone(args, kwargs)
+        finally:
+            self._in_use.release()
+
+    def _run_step_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._open_step(args, kwargs)
         try:
             output = self.transformer._call_impl(*args, **kwargs)
@@ -265,6 +279,15 @@ class _TransformerCache:
 
     def enter_blocks(self, hidden_states: Tensor) -> None:
         """Note the tokens that enter block 0."""
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            assert self.step is not None  # or the block would have been called past us
+            self.session.warn(
+                "gradients",
+                "Gradients are recorded, and the cache has none to give, so steps are computed "
+                "without it. Call the model inside torch.no_grad() or torch.inference_mode().",
+            )
+            self.step.close()
+            return
         self.x, self.num_tokens = hidden_states, hidden_states.shape[1]
 
     def after_probe(self, p: Tensor) -> None:
@@ -394,10 +417,14 @@ class _BlockCall:
         """The function that stands for the block's call: one frame, as it runs in every step."""
         cache, inner, take = self.cache, self.inner, self.take
         pass_through, run_rows = self.pass_through, self.run_rows
+        places = [self.places[name] for name in self.names]
+        take_places, last = itemgetter(*places), max(places)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if cache.skips:
-                return pass_through(args, kwargs) if args else take(kwargs)
+                if not args:
+                    return take(kwargs)
+                return take_places(args) if len(args) > last else pass_through(args, kwargs)
             if cache.rows is not None:
                 return run_rows(args, kwargs)
             return inner(*args, **kwargs)
