@@ -78,7 +78,7 @@ class DiCacheConfig:
     schedule: str | None = None
     num_inference_steps: int | None = None
     granularity: str = "batch"
-    cfg: str = "independent"
+    cfg: str = "shared"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -182,6 +182,7 @@ def _is_number(value: object, low: float) -> bool:
 
 
 _PUBLISHED: dict[str, Any] = {
+    "cfg": "independent",
     "error": "delta_y",
     "alignment": "l1",
     "gamma_range": (1.0, 1.5),

@@ -24,6 +24,7 @@ CONFIGS = {
     "default": DiCacheConfig(threshold=0.6, retention_ratio=0.0, compute_last_step=False),
     "retains": DiCacheConfig(threshold=2.0, retention_ratio=0.34),
     "limited": DiCacheConfig(threshold=math.inf, max_consecutive_reuse=1, retention_ratio=0.0),
+    "independent": DiCacheConfig(threshold=0.6, retention_ratio=0.0, cfg="independent"),
     "published": DiCacheConfig.preset("wan2.1", threshold=1.5, retention_ratio=0.0),
     "schedule": DiCacheConfig(schedule="CRCRRC"),
 }
@@ -92,6 +93,10 @@ class PlainSession:
     def decides_to_reuse(self, context: PlainContext, error: float) -> bool:
         config = self.config
         context.accumulated += error
+        leader = next(iter(self.contexts.values()))
+        leads = leader is context or leader.index != context.index + 1
+        if config.cfg == "shared" and not leads:
+            return leader.in_a_row > 0
         if config.schedule is not None:
             return True
         if config.max_consecutive_reuse == context.in_a_row:
