@@ -114,6 +114,22 @@ def test_nothing_that_the_cache_keeps_lies_in_a_blocks_output(family: str) -> No
     assert actions(model) == SCHEDULE
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_graphs(family: str, mode: str) -> None:
+    model, eager = build(family).cuda(), build(family).cuda()
+    for cached in (model, eager):
+        apply_dicache(cached, config())
+    model.compile_repeated_blocks(fullgraph=True, mode=mode)
+    for inputs in calls(family, len(SCHEDULE)):
+        moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        torch.compiler.cudagraph_mark_step_begin()
+        output, wanted = model(**moved)[0].clone(), eager(**moved)[0]
+        assert (output - wanted).norm() <= 1e-3 * wanted.norm()
+    assert actions(model) == SCHEDULE
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compile_of_the_transformer_compiles_its_blocks(family: str) -> None:
     model, counter = build(family), CompileCounterWithBackend("eager")

@@ -1,0 +1,353 @@
+"""Where the host time of a skipped step goes, part by part, beside diffusers' FirstBlockCache.
+
+    python benchmarks/skipped_step.py --out DIR [--rounds N]
+
+The model is that of bench_host.py: FLUX.1's 57 blocks at tiny width on one thread, so that what is
+left is Python, hooks and dispatch. The functions of a step are wrapped from outside with time
+stamps; every nanosecond between the first stamp and the last belongs to one part, so the parts of a
+step sum to the step. The model with its first block alone gets the stamps that apply to it. Beside
+these run both without stamps, and the model with FirstBlockCache. All take turns, and the fastest
+step of each counts. A round makes new models: where a model lies in memory changes its times by a
+few percent.
+
+Prints tables, the last one with the bytes that a skipped step moves on a GPU (arithmetic), and
+writes skipped_step.png. Needs diffusers, pytest and matplotlib, and a minute of a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import bench_host
+import diffusers
+import torch
+import workloads
+from diffusers import FirstBlockCacheConfig
+from torch import nn
+
+from dicache import RunStats, apply_dicache, get_stats, ops
+from dicache.readback import Readback
+
+STEPS, WARM_UP = 60, 5
+ROUNDS, TURNS = 12, 4
+# In order of time, and what each part is of. cache_context is there before and after the call.
+PARTS = {
+    "cache_context": "pipeline",
+    "open the step": "cache",
+    "embeddings": "model",
+    "take x and p": "cache",
+    "probe block": "model",
+    "statistics": "cache",
+    "numbers to the host": "cache",
+    "gate": "cache",
+    "pass through": "cache",
+    "hand out": "cache",
+    "combination": "cache",
+    "head": "model",
+    "close the step": "cache",
+}
+DICACHE, FIRST_BLOCK, PROBE_ALONE = "dicache", "FirstBlockCache", "probe alone"
+STAMPED, STAMPED_ALONE = "dicache with time stamps", "probe alone with time stamps"
+COPY_RATE = 4.3e12  # bytes a second of a device-to-device copy on an H200
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Nanoseconds of one skipped step.
+
+    Attributes:
+        parts: Those of the fastest step with time stamps, by the names of `PARTS`.
+        alone: The same of the model with its first block alone.
+        totals: The fastest step of each model, by its name.
+    """
+
+    parts: Parts
+    alone: Parts
+    totals: dict[str, int]
+
+    def added(self, *owners: str) -> Parts:
+        """What dicache adds to each part of these owners."""
+        names = [name for name, owner in PARTS.items() if owner in owners]
+        return {name: self.parts[name] - self.alone[name] for name in names}
+
+    def above_probe(self, name: str) -> int:
+        """What a model takes longer than the one with its first block alone."""
+        alone = STAMPED_ALONE if name in (STAMPED, STAMPED_ALONE) else PROBE_ALONE
+        return self.totals[name] - self.totals[alone]
+
+
+class TimeStamps:
+    """Ends of parts, in the order in which they come."""
+
+    def __init__(self) -> None:
+        self._stamps: list[tuple[str, int]] = []
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._stamps = [("", time.perf_counter_ns())]
+
+    def end(self, part: str) -> None:
+        """The time since the last stamp belongs to `part`."""
+        self._stamps.append((part, time.perf_counter_ns()))
+
+    def around(self, call: Callable[..., Any], before: str, inside: str) -> Callable[..., Any]:
+        """`call` with stamps: what led to it belongs to `before`, what it ends with to `inside`."""
+
+        def stamped(*args: Any, **kwargs: Any) -> Any:
+            self.end(before)
+            output = call(*args, **kwargs)
+            self.end(inside)
+            return output
+
+        return stamped
+
+    def parts(self) -> Parts:
+        """Nanoseconds by part since `start`."""
+        found = dict.fromkeys(PARTS, 0)
+        for (_, begin), (part, end) in zip(self._stamps, self._stamps[1:], strict=False):
+            found[part] += end - begin
+        return found
+
+    def total(self) -> int:
+        """Nanoseconds from the first stamp to the last."""
+        return self._stamps[-1][1] - self._stamps[0][1]
+
+
+# --- Models --------------------------------------------------------------------------------------
+
+
+def make_models(stamps: TimeStamps) -> dict[str, Any]:
+    """A model of each kind; two of them end the parts of `stamps`."""
+    names = (STAMPED, DICACHE, FIRST_BLOCK, PROBE_ALONE, STAMPED_ALONE)
+    models = {name: bench_host.make_model() for name in names}
+    for name in (STAMPED, DICACHE):
+        apply_dicache(models[name], bench_host._SKIPS)
+    models[FIRST_BLOCK].enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    for name in (PROBE_ALONE, STAMPED_ALONE):
+        models[name].transformer_blocks = models[name].transformer_blocks[:1]
+        models[name].single_transformer_blocks = nn.ModuleList()
+    _stamp_cached(models[STAMPED], stamps)
+    _stamp_alone(models[STAMPED_ALONE], stamps)
+    return models
+
+
+def _stamp_cached(model: Any, stamps: TimeStamps) -> None:
+    hook = model._diffusers_hook.get_hook("dicache")
+    hook.fn_ref.forward = stamps.around(hook.fn_ref.forward, "open the step", "head")
+    first, last = hook.cache.block_calls[0], hook.cache.block_calls[-1]
+    first.inner = stamps.around(first.inner, "take x and p", "probe block")
+    corners = ((first, "embeddings", "gate"), (last, "pass through", "hand out"))
+    for call, before, inside in corners:
+        # Both, or the cache would find itself covered and install itself again.
+        call.call = call.block._compiled_call_impl = stamps.around(call.call, before, inside)
+
+
+def _stamp_alone(model: Any, stamps: TimeStamps) -> None:
+    model.forward = stamps.around(model.forward, "open the step", "head")
+    block = model.transformer_blocks[0]
+    block.forward = stamps.around(block.forward, "embeddings", "probe block")
+
+
+@contextmanager
+def _stamped_functions(stamps: TimeStamps) -> Iterator[None]:
+    """Stamps around the wait, and around the operators of trajectories that are made meanwhile."""
+    resolve = ops.resolve_backend
+
+    def resolve_stamped(*args: Any) -> Any:
+        backend = resolve(*args)
+        operators = {name: getattr(backend, name) for name in ops.MEMORY_PASSES}
+        for name, before, inside in (
+            ("alignment_statistics", "take x and p", "statistics"),
+            ("combine_residuals", "hand out", "combination"),
+        ):
+            operators[name] = stamps.around(operators[name], before, inside)
+        return SimpleNamespace(**operators)
+
+    host = "numbers to the host"
+    with (
+        mock.patch("dicache.trajectory.resolve_backend", resolve_stamped),
+        mock.patch.object(Readback, "wait", stamps.around(Readback.wait, host, host)),
+    ):
+        yield
+
+
+# --- Runs ----------------------------------------------------------------------------------------
+
+
+def run_with_stamps(
+    model: Any, inputs: dict[str, Any], stamps: TimeStamps
+) -> list[tuple[int, Parts]]:
+    """Total and parts of every skipped step of one run, but for the first ones."""
+    found = []
+    for step in range(STEPS):
+        timestep = torch.tensor([1.0 - step / 200])
+        stamps.start()
+        with model.cache_context("cond"):
+            stamps.end("cache_context")
+            model(timestep=timestep, **inputs)
+            stamps.end("close the step")
+        stamps.end("cache_context")
+        found.append((stamps.total(), stamps.parts()))
+    return found[WARM_UP:]
+
+
+def measure(rounds: int) -> Measurement:
+    """The fastest steps of `rounds` sets of models."""
+    stamps, inputs = TimeStamps(), bench_host.make_inputs()
+    steps: dict[str, list[tuple[int, Parts]]] = {STAMPED: [], STAMPED_ALONE: []}
+    seconds: dict[str, list[float]] = {DICACHE: [], FIRST_BLOCK: [], PROBE_ALONE: []}
+    for _ in range(rounds):
+        models = make_models(stamps)
+        for _ in range(TURNS):
+            for name, found in steps.items():
+                patches: AbstractContextManager[None] = nullcontext()
+                if name == STAMPED:
+                    patches = _stamped_functions(stamps)
+                with patches:
+                    found += run_with_stamps(models[name], inputs, stamps)
+            for name, times in seconds.items():
+                times += bench_host.run(models[name], inputs)
+        for name in (STAMPED, DICACHE):
+            stats = get_stats(models[name])
+            assert isinstance(stats, RunStats) and stats.num_reused == STEPS - 1
+    fastest = {name: min(found, key=lambda step: step[0]) for name, found in steps.items()}
+    totals = {name: total for name, (total, _) in fastest.items()}
+    totals |= {name: round(min(times) * 1e9) for name, times in seconds.items()}
+    return Measurement(fastest[STAMPED][1], fastest[STAMPED_ALONE][1], totals)
+
+
+# --- Tables and picture --------------------------------------------------------------------------
+
+
+def environment() -> str:
+    """Hardware and versions, in a line."""
+    return (
+        f"{processor()}, one thread of {os.cpu_count()}; python {platform.python_version()}, "
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    )
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def table(found: Measurement) -> str:
+    """The measurement in Markdown."""
+    lines = ["| part | of the | us | probe alone, us |", "|---|---|--:|--:|"]
+    for name, owner in PARTS.items():
+        alone = _us(found.alone[name]) if found.alone[name] else ""
+        lines.append(f"| {name} | {owner} | {_us(found.parts[name])} | {alone} |")
+    sums = (sum(found.parts.values()), sum(found.alone.values()))
+    lines.append(f"| sum | | {_us(sums[0])} | {_us(sums[1])} |")
+    lines += ["", "| fastest step | us | above the probe, us |", "|---|--:|--:|"]
+    for name in sorted(found.totals):
+        lines.append(f"| {name} | {_us(found.totals[name])} | {_us(found.above_probe(name))} |")
+    ratio = found.above_probe(DICACHE) / found.above_probe(FIRST_BLOCK)
+    lines += ["", f"dicache adds {ratio:.2f} of what FirstBlockCache adds."]
+    return "\n".join(lines)
+
+
+def arithmetic() -> str:
+    """Milliseconds that a skipped step's bytes take at the rate of a copy; nothing is measured."""
+    combine = sum(ops.MEMORY_PASSES["combine_residuals"])
+    published = sum(ops.MEMORY_PASSES["probe_statistics"]) + combine
+    passes = {
+        "default": sum(ops.MEMORY_PASSES["alignment_statistics"]) + combine,
+        "published rules": published,
+        "delta_minus": published + 2,  # x_prev is read, and written
+    }
+    lines = [f"| bf16 | a tensor, MB | {' | '.join(f'{n}, {k}' for n, k in passes.items())} "]
+    lines[0] += f"| published sequence, {workloads.PUBLISHED_PASSES} + text |"
+    lines.append("|---|" + "--:|" * (len(passes) + 2))
+    for size in (workloads.FLUX, workloads.WAN, workloads.HUNYUAN_VIDEO):
+        tensor = size.tensor_bytes()
+        text = 2 * size.shape[0] * size.text_tokens * size.shape[2] * torch.bfloat16.itemsize
+        moved = [count * tensor for count in passes.values()]
+        moved.append(workloads.PUBLISHED_PASSES * tensor + text)
+        cells = [f"{num_bytes / COPY_RATE * 1e3:.2f} ms" for num_bytes in moved]
+        lines.append(f"| {size.description} | {tensor / 1e6:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(found: Measurement, path: Path) -> None:
+    """What a cache adds to a step: ours by its parts, FirstBlockCache as a whole."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(10, 4.4), layout="constrained")
+    segments = found.added("pipeline", "cache")
+    segments["embeddings, probe block and head, longer than alone"] = sum(
+        found.added("model").values()
+    )
+    colors = [*plt.get_cmap("tab20").colors[:10], "0.85"]
+    left, labelled = 0.0, 0.04 * found.above_probe(FIRST_BLOCK) / 1e3
+    for color, (name, nanoseconds) in zip(colors, segments.items(), strict=True):
+        width = nanoseconds / 1e3
+        label = f"{name}: {width:.1f}"
+        bar = axis.barh("dicache,\nby parts", width, 0.6, left, color=color, label=label)
+        if width > labelled:
+            axis.bar_label(bar, [f"{width:.0f}"], label_type="center")
+        left += width
+    for name, label in (
+        (DICACHE, "dicache,\nno stamps"),
+        (FIRST_BLOCK, "diffusers\n" + FIRST_BLOCK),
+    ):
+        width = found.above_probe(name) / 1e3
+        bar = axis.barh(label, width, 0.6, color="0.6")
+        axis.bar_label(bar, [f"{width:.0f}"], label_type="center")
+    axis.invert_yaxis()
+    alone = found.totals[PROBE_ALONE] / 1e3
+    axis.set_xlabel(f"us above the model with its first block alone, which takes {alone:.0f} us")
+    axis.set_title(
+        f"Host time that a cache adds to a skipped step: 57-block Flux of tiny width\n"
+        f"{environment()}",
+        fontsize=10,
+    )
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, title="parts, us")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _us(nanoseconds: int) -> str:
+    return f"{nanoseconds / 1e3:.1f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The program."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for skipped_step.png")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of 60 steps a model")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        found = measure(options.rounds)
+    torch.set_num_threads(threads)
+    print(f"{environment()}; {options.rounds} rounds\n\n{table(found)}\n")
+    print(f"Arithmetic, not measured: bytes at {COPY_RATE / 1e12} TB/s.\n\n{arithmetic()}")
+    plot(found, options.out / "skipped_step.png")
+
+
+if __name__ == "__main__":
+    main()
