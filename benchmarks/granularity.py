@@ -5,7 +5,7 @@
 Both ways run at thresholds from low to high. Work is block evaluations, a block counted once for
 every sample that goes through it (`RunStats.block_samples`), as a share of the un-cached run's.
 Quality is the PSNR in dB of the decoded pictures against the un-cached batch's, of the worst sample
-of each batch, averaged over the batches. Work at equal quality is linear between two thresholds.
+of each batch, averaged over the batches, and of all.
 
 Writes granularity.json and granularity.md into `--out`.
 """
@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +30,6 @@ from dicache.demo.runner import count_blocks
 
 FIRST_SEED, BATCH, BATCHES, NUM_STEPS = 400, 8, 3, 30
 FACTORS = (0.25, 0.4, 0.6, 0.85, 1.2, 1.7, 2.4, 3.4)  # of the model's own threshold
-WORST_PSNR = (42.0, 45.0, 48.0, 51.0, 54.0, 57.0)
 GRANULARITIES = ("batch", "sample")
 
 
@@ -65,25 +63,18 @@ def measure(model: str, steps: int, batches: Sequence[Sequence[int]]) -> dict[st
     return {"curves": curves, "steps": steps, "seeds": [list(seeds) for seeds in batches]}
 
 
-def work_at(points: list[dict[str, Any]], worst: float) -> float | None:
-    """Work where the worst samples have this PSNR on average; `None` where no point is."""
-    curve = [(mean(map(min, point["psnr"])), mean(point["work"])) for point in points]
-    for (high, high_work), (low, low_work) in pairwise(curve):  # by rising threshold
-        if low <= worst <= high and high > low:
-            return low_work + (worst - low) / (high - low) * (high_work - low_work)
-    return None
-
-
-def table(results: dict[str, Any]) -> str:
-    """Markdown: work at equal quality of the worst sample."""
-    head = "| model | " + " | ".join(f"{worst:.0f} dB" for worst in WORST_PSNR) + " |"
-    lines = [head, "|---|" + "--:|" * len(WORST_PSNR)]
-    for model, result in results.items():
+def table(model: str, curves: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: work and quality at every threshold."""
+    lines = [
+        f"| {model}: threshold | one for the batch: work, worst, mean | one a sample |",
+        "|---|---|---|",
+    ]
+    for points in zip(*(curves[granularity] for granularity in GRANULARITIES), strict=True):
         cells = []
-        for worst in WORST_PSNR:
-            batch, sample = (work_at(result["curves"][g], worst) for g in GRANULARITIES)
-            cells.append("-" if None in (batch, sample) else f"{batch:.3f} / {sample:.3f}")
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+        for point in points:
+            worst, average = mean(map(min, point["psnr"])), mean(map(mean, point["psnr"]))
+            cells.append(f"{mean(point['work']):.3f}, {worst:.1f} dB, {average:.1f} dB")
+        lines.append(f"| {points[0]['threshold']:.3g} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
@@ -92,12 +83,12 @@ def write(results: dict[str, Any], out: Path) -> None:
     (out / "granularity.json").write_text(json.dumps(results, indent=1) + "\n")
     first = next(iter(results.values()))
     facts, batches = first["environment"], len(first["seeds"])
-    steps = ", ".join(f"{model} {result['steps']}" for model, result in results.items())
+    tables = "\n\n".join(table(model, result["curves"]) for model, result in results.items())
     (out / "granularity.md").write_text(
         f"# One decision for a batch, or one a sample\n\n"
-        f"Block evaluations as a share of the un-cached run's, one decision for the batch / one a\n"
-        f"sample, where the worst sample of a batch has the PSNR above, on average over {batches}\n"
-        f"batches of {len(first['seeds'][0])} prompts. Steps: {steps}.\n\n{table(results)}\n\n"
+        f"Work: block evaluations as a share of the un-cached run's. PSNR against the un-cached\n"
+        f"pictures: the worst sample of a batch, averaged over {batches} batches of "
+        f"{len(first['seeds'][0])} prompts,\nand the mean of all. {first['steps']} steps.\n\n{tables}\n\n"
         + "\n".join(f"- {name}: {value}" for name, value in facts.items())
         + "\n"
     )
@@ -124,7 +115,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = f"python benchmarks/granularity.py {given}".strip()
         results[model]["environment"] = environment(command)
         write(results, args.out)
-    print(table(results))
 
 
 if __name__ == "__main__":

@@ -144,12 +144,16 @@ class DiCacheSession:
         return Step(self, context, state, is_last)
 
     def observe(
-        self, timestep: Tensor | float | None = None, num_inference_steps: int | None = None
+        self,
+        timestep: Tensor | float | None = None,
+        num_inference_steps: int | None = None,
+        first_timestep: float | None = None,
     ) -> None:
         """Begin a new run if these values of the coming step say that one began.
 
         `step` does this by itself. A caller that names contexts by what it saw in a run calls it
         before naming: `stats.contexts` is empty then, and only then, if a run begins.
+        `first_timestep` is that of the run's first step, where another model took it.
 
         Raises:
             ValueError: `num_inference_steps` is smaller than 1.
@@ -164,6 +168,7 @@ class DiCacheSession:
         self._timestep = value
         if begins:
             self._begin_run(steps)
+            self._first_timestep = value if first_timestep is None else first_timestep
 
     def forget(self, context: str) -> None:
         """Free the state of one context; its next step computes."""
@@ -192,10 +197,11 @@ class DiCacheSession:
         if steps != self.num_inference_steps:
             return True
         contexts = self._contexts.values()
-        if steps is not None and contexts and all(c.next_step >= steps for c in contexts):
-            return True
+        is_over = steps is not None and contexts and all(c.next_step >= steps for c in contexts)
         if timestep is None or self._timestep is None:
-            return False
+            return bool(is_over)
+        if is_over and timestep != self._timestep:  # equal: the last step of another branch
+            return True
         # Only a move against the direction counts: contexts share a timestep, and bf16 timesteps
         # and two-evaluation schedulers repeat it.
         return (timestep - self._timestep) * self._direction < 0

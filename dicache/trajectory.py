@@ -20,6 +20,8 @@ from torch import Tensor
 from .config import DiCacheConfig
 from .ops import make_workspace, resolve_backend
 
+_FP16_MAX = torch.finfo(torch.float16).max
+
 
 class Trajectory:
     """Dynamic Cache Trajectory Alignment (arXiv 2508.17356) for hidden states of one layout.
@@ -106,6 +108,8 @@ class Trajectory:
         if gamma.dtype != self._gamma_dtype:
             gamma = gamma.to(self._gamma_dtype)  # it is fp64 where the probe is
         y = self.ops.combine_residuals(self._dense_x(x), self.residual_window, self.newest, gamma)
+        if y.dtype == torch.float16:  # its largest number is within reach of what models compute
+            y.clamp_(-_FP16_MAX, _FP16_MAX)
         return self._view_back(y)
 
     def record(self, x: Tensor, p: Tensor, y: Tensor) -> None:

@@ -78,8 +78,10 @@ class CallTracker:
     def open_step(self, given: Any, text: Any) -> Step:
         """The step that a call of the transformer with this timestep and text embedding is."""
         num_steps, is_last, index = self._position(given)
-        timestep = as_number(given) if index is None else self._known_timesteps[index]
-        self.session.observe(timestep, num_steps)
+        timestep, first = as_number(given) if index is None else self._known_timesteps[index], None
+        if index is not None:  # Wan 2.2's second expert begins in the middle of the run
+            first = self._known_timesteps[self._begin_of_run()]
+        self.session.observe(timestep, num_steps, first)
         if not self.session.stats.contexts:  # a run begins: its branches are named anew
             self._branches.clear()
             self._num_branches = 0
@@ -160,10 +162,14 @@ class CallTracker:
         self._last_seen = (timestep, position)
         if self._is_idle:
             return None, None, None
-        begin = getattr(scheduler, "begin_index", None)
-        begin = self._begin if begin is None else begin
+        begin = self._begin_of_run()
         is_last = None if position is None else position >= len(timesteps) - 1
         return len(timesteps) - begin, is_last, self._index(scheduler, position, begin)
+
+    def _begin_of_run(self) -> int:
+        """Where in the known timesteps the run began."""
+        begin = getattr(self._scheduler, "begin_index", None)
+        return self._begin if begin is None else begin
 
     def _begin_schedule(self, scheduler: Any, timestep: Any, position: int | None) -> None:
         """`set_timesteps` was called: a new run."""

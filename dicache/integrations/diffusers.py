@@ -175,15 +175,25 @@ class _TransformerCache:
         self.calls.reset()
         for call in self.block_calls:
             call.uninstall()
-        self.transformer._compiled_call_impl = self._compiled_before
+        _put_back(self.transformer, self._compiled_before)
         del self.transformer.compile  # the instance's; the class has its own
+        del self.transformer.__reduce_ex__
         registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
         forward = self.transformer.forward
         registry.remove_hook(_HOOK, recurse=False)
         if forward is not self._root_forward:  # put on after ours: the registry does not know it
             self.transformer.forward = forward
         registry.invalidate_child_registries_cache()
-        self.transformer._cache_config = None  # type: ignore[assignment]
+        self._leave_no_attributes(registry)
+
+    def _leave_no_attributes(self, registry: HookRegistry) -> None:
+        """What was not there before is not there after, unless somebody else uses it by now."""
+        attributes = vars(self.transformer)
+        if getattr(attributes.get("forward"), "__func__", None) is type(self.transformer).forward:
+            del attributes["forward"]
+        if not registry.hooks:
+            del attributes["_diffusers_hook"]
+        attributes.pop("_cache_config", None)
 
     def _take_root_call(self) -> None:
         """Steps are opened and closed around the transformer's call, outside of its `forward`.
@@ -194,6 +204,7 @@ class _TransformerCache:
         as `compile_repeated_blocks` does.
         """
         self.transformer._compiled_call_impl = self._call_root
+        self.transformer.__reduce_ex__ = self._refuse_copy  # type: ignore[method-assign]
         self.transformer.compile = self._compile_blocks  # type: ignore[method-assign]
 
     def _compile_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -243,11 +254,14 @@ class _TransformerCache:
         self._close_step()
         return output
 
-    def __deepcopy__(self, memo: Any) -> Any:
+    def _refuse_copy(self, *_: Any) -> Any:
+        """Stands for what pickle and deepcopy ask a model for."""
         raise TypeError(
-            "A model with DiCache cannot be copied: diffusers' hooks would run the original's "
-            "weights. Call remove_dicache first, and apply_dicache to both."
+            "A model with DiCache cannot be copied or pickled: diffusers' hooks would run the "
+            "original's weights. Call remove_dicache first, and apply_dicache to both."
         )
+
+    __deepcopy__ = _refuse_copy
 
     def _open_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for call in self.corner_calls:
@@ -279,7 +293,7 @@ class _TransformerCache:
 
     def enter_blocks(self, hidden_states: Tensor) -> None:
         """Note the tokens that enter block 0."""
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
+        if torch.is_grad_enabled() and self._needs_gradients(hidden_states):
             assert self.step is not None  # or the block would have been called past us
             self.session.warn(
                 "gradients",
@@ -289,6 +303,10 @@ class _TransformerCache:
             self.step.close()
             return
         self.x, self.num_tokens = hidden_states, hidden_states.shape[1]
+
+    def _needs_gradients(self, hidden_states: Tensor) -> bool:
+        parameters = self.transformer.parameters()
+        return hidden_states.requires_grad or any(each.requires_grad for each in parameters)
 
     def after_probe(self, p: Tensor) -> None:
         """Take the decision; on a computed step move x and p into the cache's buffers."""
@@ -411,7 +429,7 @@ class _BlockCall:
     def uninstall(self) -> None:
         """Put back what was there; if somebody compiled the block since the last step, nothing."""
         if self.is_outermost:
-            self.block._compiled_call_impl = self.compiled
+            _put_back(self.block, self.compiled)
 
     def make_call(self) -> Callable[..., Any]:
         """The function that stands for the block's call: one frame, as it runs in every step."""
@@ -540,6 +558,13 @@ class _CornerCall(_BlockCall):
         names = self.names
         hidden = output if len(names) == 1 else output[names.index(self.stack.hidden_states)]
         return hidden[:, -self.cache.num_tokens :] if self.stack.text_in_front else hidden
+
+
+def _put_back(module: nn.Module, compiled: Callable[..., Any] | None) -> None:
+    """Give a module the call back that it had, without leaving anything where there was nothing."""
+    vars(module).pop("_compiled_call_impl", None)
+    if compiled is not None:
+        module._compiled_call_impl = compiled
 
 
 def _under(compiler: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
