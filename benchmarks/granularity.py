@@ -83,12 +83,14 @@ def write(results: dict[str, Any], out: Path) -> None:
     (out / "granularity.json").write_text(json.dumps(results, indent=1) + "\n")
     first = next(iter(results.values()))
     facts, batches = first["environment"], len(first["seeds"])
+    prompts, steps = len(first["seeds"][0]), first["steps"]
     tables = "\n\n".join(table(model, result["curves"]) for model, result in results.items())
     (out / "granularity.md").write_text(
         f"# One decision for a batch, or one a sample\n\n"
         f"Work: block evaluations as a share of the un-cached run's. PSNR against the un-cached\n"
         f"pictures: the worst sample of a batch, averaged over {batches} batches of "
-        f"{len(first['seeds'][0])} prompts,\nand the mean of all. {first['steps']} steps.\n\n{tables}\n\n"
+        f"{prompts} prompts,\n"
+        f"and the mean of all. {steps} steps.\n\n{tables}\n\n"
         + "\n".join(f"- {name}: {value}" for name, value in facts.items())
         + "\n"
     )

@@ -57,8 +57,8 @@ class DiCacheConfig:
         cfg: Classifier-free guidance. `"independent"`: every branch of a step decides for itself.
             `"shared"`: the branch that is called first decides for all, so that no step is reused
             in one branch only. The others still run their probe, for their weights, and compute
-            where they must. Branches that lie in one batch (context `"cond_uncond"`) decide by
-            their mean error where every sample has its own decision.
+            where they must. Branches that lie in one batch decide by their mean error where every
+            sample has its own decision, which then depends on its partner.
         backend: Which implementation of the operators to use; see `dicache.ops`.
 
     Raises:

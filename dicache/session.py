@@ -62,8 +62,6 @@ class Decision:
 
 
 _COMPUTE = Decision("compute")
-# What pipelines call a batch of [unconditional, conditional] samples.
-_BRANCHES_IN_BATCH = "cond_uncond"
 
 
 class _Context:
@@ -170,6 +168,10 @@ class DiCacheSession:
             self._begin_run(steps)
             self._first_timestep = value if first_timestep is None else first_timestep
 
+    def runs_on(self, timestep: float | None) -> bool:
+        """Whether a step with this timestep would go on with the run that is known."""
+        return self._running and not self._is_new_run(timestep, self.num_inference_steps)
+
     def forget(self, context: str) -> None:
         """Free the state of one context; its next step computes."""
         self._contexts.pop(context, None)
@@ -222,7 +224,9 @@ class DiCacheSession:
     def _restart(self, context: str) -> _Context:
         """Begin a new run in the middle of a step, which becomes the new run's first."""
         self._begin_run(self.num_inference_steps)
-        return self._begin_context(context)
+        state = self._begin_context(context)
+        state.timestep = self._timestep
+        return state
 
     def _begin_context(self, context: str) -> _Context:
         state = self._contexts[context] = _Context(self.config)
@@ -247,6 +251,8 @@ class Step:
         action: `"compute"`, until `probe` decides on `"resume"` or `"reuse"`.
         needs_probe: Whether to ask `probe`; `False` on a step that is computed anyway.
         rows: Where samples disagree, those whose remaining blocks have to run; else `None`.
+        pairs_branches: Set it where a batch is [unconditional, conditional] samples, for
+            `cfg="shared"`: sample b then decides for sample b + B / 2, too.
     """
 
     def __init__(self, session: DiCacheSession, name: str, state: _Context, is_last: bool) -> None:
@@ -262,6 +268,7 @@ class Step:
         self._by_sample = session.config.granularity == "sample"
         self._shares_decisions = session.config.cfg == "shared"
         self.rows: list[int] | None = None
+        self.pairs_branches = False
         self.needs_probe = self._is_judged(is_last) and state.has_history
         if not state.has_history and state.trajectory is not None:
             state.trajectory.drop_entries()
@@ -350,12 +357,15 @@ class Step:
             return result.as_strided((batch,), (2,), start + 1)
         return result.as_strided((batch,), (0,), start + 2 * batch + 1)
 
-    def _judge(self, error: float, gamma: float, row: int = 0) -> Decision:
+    def _judge(
+        self, error: float, gamma: float, row: int = 0, leader_reuses: bool | None = None
+    ) -> Decision:
         """The decision of one gate."""
         gate = self._state.gates[row]
         if self._session.config.error == "weighted_alignment":
             error *= self._size
-        leader_reuses = self._leader_reuses(row) if self._shares_decisions else None
+        if leader_reuses is None and self._shares_decisions:
+            leader_reuses = self._leader_reuses(row)
         action = gate.decide(error, gamma, leader_reuses)
         if not (math.isfinite(error) and math.isfinite(gamma)):
             self._drop_entries(row, error, gamma)
@@ -364,20 +374,29 @@ class Step:
     def _judge_samples(self, numbers: list[list[float]]) -> Decision:
         """A decision for every sample, from its (error, gamma); the last pair is the batch's."""
         errors = [error for error, _ in numbers[:-1]]
-        if self._shares_decisions and self._name == _BRANCHES_IN_BATCH and len(errors) % 2 == 0:
-            half = len(errors) // 2
-            errors = 2 * [(errors[row] + errors[row + half]) / 2 for row in range(half)]
-        judged = tuple(self._judge(e, numbers[row][1], row) for row, e in enumerate(errors))
+        half = len(errors) // 2
+        shares = self.pairs_branches and self._shares_decisions and 2 * half == len(errors)
+        judged: list[Decision] = []
+        for row, (error, gamma) in enumerate(numbers[:-1]):
+            if not shares:
+                judged.append(self._judge(error, gamma, row))
+            elif row < half:  # decides by the mean of what is finite, for itself and its partner
+                pair = [each for each in (error, errors[row + half]) if math.isfinite(each)]
+                shared = sum(pair) / len(pair) if math.isfinite(error) else error
+                judged.append(self._judge(shared, gamma, row))
+            else:
+                leads = judged[row - half].action == "reuse"
+                judged.append(self._judge(error, gamma, row, leads))
         reuses_all = all(decision.action == "reuse" for decision in judged)
-        return Decision("reuse" if reuses_all else "resume", samples=judged)
+        return Decision("reuse" if reuses_all else "resume", samples=tuple(judged))
 
     def _leader_reuses(self, row: int) -> bool | None:
         """Whether the branch that is called first reused this step; `None` if it is this one."""
         leader, state = next(iter(self._session._contexts.values())), self._state
         did_this_step = leader is not state and leader.next_step == state.next_step + 1
-        if not did_this_step or len(leader.gates) != len(state.gates):
+        if not did_this_step:
             return None
-        return leader.gates[row].consecutive_reuse > 0
+        return len(leader.gates) == len(state.gates) and leader.gates[row].consecutive_reuse > 0
 
     def _reuses_any(self) -> bool:
         decision = self._decision

@@ -55,7 +55,7 @@ class RunStats:
 
     @property
     def num_computed(self) -> int:
-        """Steps that ran all blocks without asking the gate, over all contexts."""
+        """Steps that ran all blocks without asking the gate, over all contexts and samples."""
         return self._count("compute")
 
     @property

@@ -35,6 +35,7 @@ def step(session: DiCacheSession, name: str, index: int, values: tuple[Tensor, .
     with session.step(
         name, timestep=1 - index / NUM_STEPS, num_inference_steps=NUM_STEPS
     ) as opened:
+        opened.pairs_branches = name == "cond_uncond"
         if opened.needs_probe:
             opened.probe(x, p)
         if opened.action == "reuse":

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, blocks, build, calls
-from tiny_pipelines import pipeline
+from tiny_pipelines import pipeline, text
 from tiny_pipelines import run as run_pipeline
 from torch import Tensor, nn
 
@@ -194,18 +194,60 @@ def test_guidance_branches_in_one_batch_have_schedules_of_their_own(name: str) -
     assert len(records) == 16 and stats.num_reused > 0
 
 
+def test_without_guidance_a_batch_of_prompts_has_no_pairs() -> None:
+    """Pipelines call the context cond_uncond also where there is but one branch."""
+    texts, schedules_found = [text(seed) for seed in (0, 7)], []
+    for embeds in (torch.cat(texts), *texts):
+        pipe = pipeline("ltx")
+        rules = DiCacheConfig(threshold=0.02, granularity="sample", retention_ratio=0)
+        apply_dicache(pipe, rules)
+        mask = torch.ones(embeds.shape[:2])
+        arguments = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "guidance_scale": 1.0}
+        arguments |= {f"negative_{name}": arguments[name] for name in list(arguments)[:2]}
+        start = torch.Generator().manual_seed(3)
+        run_pipeline("ltx", pipe, num_steps=12, generator=start, **arguments)
+        schedules_found.append(schedules(pipe.transformer))
+    together, _, _ = schedules_found
+    assert len(together) == 2 and together[0] != together[1]
+
+
+@pytest.mark.parametrize("argument", [{"mask": torch.zeros(BATCH, 1)}, {"state": object()}])
+def test_an_argument_that_nobody_named_runs_the_block_for_all(argument: dict[str, Any]) -> None:
+    """It may have a row a sample; and the statistics tell what that costs."""
+    steps = batch_of("flux")
+    _, expected = run("flux", steps)
+    model, ran = build("flux"), 0
+    apply_dicache(model, config("flux"))
+
+    def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        nonlocal ran
+        ran += len(kwargs["hidden_states"])
+        return args, {**kwargs, "joint_attention_kwargs": None}
+
+    for block in blocks("flux", model):
+        block.register_forward_pre_hook(count, with_kwargs=True)
+    with pytest.warns(DiCacheWarning, match="joint_attention_kwargs"):
+        for inputs, wanted in zip(steps, expected, strict=True):
+            with model.cache_context("cond"):
+                output = model(**inputs, joint_attention_kwargs=argument)[0]
+            assert (output - wanted).norm() <= 1e-5 * wanted.norm()
+    assert get_stats(model).block_samples == ran
+
+
 def test_rows_are_gathered_by_name_and_scattered_back() -> None:
     rows, whole = Rows([0, 2], torch.zeros(3, 4)), torch.arange(12.0).view(3, 4)
     given = {
         "temb": (whole, [whole[:1]]),
-        "rope": whole,
+        "rope": whole[:2],
         "kwargs": {"ip": [whole], "scale": 0.5},
         "mask": None,
     }
     gathered = rows.gather(given, ("temb", "kwargs.ip", "mask", "absent"))
     assert torch.equal(gathered["temb"][0], whole[[0, 2]])
     assert gathered["temb"][1][0].shape == (1, 4)  # shared by all samples
-    assert gathered["rope"] is whole and gathered["mask"] is None and "absent" not in gathered
+    assert (
+        gathered["rope"] is given["rope"] and gathered["mask"] is None and "absent" not in gathered
+    )
     assert torch.equal(gathered["kwargs"]["ip"][0], whole[[0, 2]])
     assert gathered["kwargs"]["scale"] == 0.5
     assert given["kwargs"]["ip"][0] is whole  # the caller's dictionary is as it was
@@ -213,6 +255,8 @@ def test_rows_are_gathered_by_name_and_scattered_back() -> None:
     assert torch.equal(scattered, torch.stack([-whole[0], whole[1], -whole[2]]))
     with pytest.raises(UnknownRowsError, match="'rope' has shape"):
         rows.gather({"rope": torch.zeros(2, 4)}, ("rope",))
+    with pytest.raises(UnknownRowsError, match="'other' holds"):
+        rows.gather({"other": [{"deep": whole}]}, ("rope",))
 
 
 # --- the session, without a model ----------------------------------------------------------------

@@ -279,6 +279,22 @@ def test_other_errors_are_not_weighted():
         assert session.stats.contexts["cond"][1].error == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_step_that_began_a_run_by_its_layout_counts_for_the_next_steps_size():
+    config = DiCacheConfig(threshold=math.inf, retention_ratio=0.0, compute_last_step=False)
+    changed, fresh = DiCacheSession(config), DiCacheSession(config)
+    wide = {"shape": (3, 4, 8)}
+    for seed in range(3):
+        where = {"timestep": 10.0 - seed, "num_inference_steps": 10}
+        run_step(changed, tensors(seed, **wide), **where)
+    for seed in range(3, 6):
+        where = {"timestep": 10.0 - seed * seed / 3, "num_inference_steps": 10}
+        for session in (changed, fresh):
+            run_step(session, tensors(seed), **where)
+    got, wanted = (session.stats.contexts["cond"] for session in (changed, fresh))
+    assert [r.action for r in got] == [r.action for r in wanted] == ["compute", "reuse", "reuse"]
+    assert [r.error for r in got[1:]] == [r.error for r in wanted[1:]]
+
+
 # --- history -------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,13 @@ _UNKNOWN_BRANCH = (
     "of the transformer in `with transformer.cache_context(name):`."
 )
 
+# What pipelines call a batch of [unconditional, conditional] samples; also without guidance.
+_BRANCHES_IN_BATCH = "cond_uncond"
+_TAKING_TURNS = (
+    "Requests take turns on one transformer under the same cache_context, so every step is "
+    "computed. Give each a transformer of its own, or a cache_context of its own name."
+)
+
 
 class ContextReader(StateManager):
     """What the pipeline said with `cache_context(...)`; diffusers finds it by its base class."""
@@ -74,6 +81,8 @@ class CallTracker:
         self._last_seen: tuple[Any, int | None] = (None, None)  # timestep and position
         self._is_idle = False  # whether another scheduler than ours drives the run
         self._step_indices: dict[str, int] = {}  # of each context's last call
+        self._last_calls: dict[str, tuple[float | None, weakref.ref[Any]]] = {}  # timestep and text
+        self._texts: dict[str, list[weakref.ref[Any]]] = {}  # that a context was called with
 
     def open_step(self, given: Any, text: Any) -> Step:
         """The step that a call of the transformer with this timestep and text embedding is."""
@@ -81,6 +90,9 @@ class CallTracker:
         timestep, first = as_number(given) if index is None else self._known_timesteps[index], None
         if index is not None:  # Wan 2.2's second expert begins in the middle of the run
             first = self._known_timesteps[self._begin_of_run()]
+        text = _first_tensor(text)
+        if self.context.current is not None:
+            self._notice_other_request(self.context.current.name, timestep, text)
         self.session.observe(timestep, num_steps, first)
         if not self.session.stats.contexts:  # a run begins: its branches are named anew
             self._branches.clear()
@@ -89,7 +101,30 @@ class CallTracker:
         step = self.session.open_step(name, is_last)
         if index is not None and step.needs_probe:
             step.promise(given, functools.partial(self._keeps, given.dtype, timestep))
+        step.pairs_branches = name == _BRANCHES_IN_BATCH and self._is_guided()
         return step
+
+    def _notice_other_request(self, name: str, timestep: float | None, text: Any) -> None:
+        """Begin anew where a branch that the pipeline names comes with another request's text.
+
+        A new text alone says little: some pipelines make one in every step. It tells if the
+        timestep did not move (a second evaluation repeats the timestep, but with the same text),
+        or if the text was there before: then requests take turns.
+        """
+        last_timestep, last_text = self._last_calls.get(name, (None, None))
+        known = [ref for ref in self._texts.get(name, []) if ref() is not None]
+        is_known = any(ref() is text for ref in known)
+        self._texts[name] = known if is_known else [*known[1 - _MOST_BRANCHES :], weakref.ref(text)]
+        if last_text is not None and last_text() is not text:
+            if is_known and self.session.runs_on(timestep):
+                self.session.warn("requests", _TAKING_TURNS)
+            if is_known or (timestep is not None and timestep == last_timestep):
+                self.reset()
+        self._last_calls[name] = (timestep, weakref.ref(text))
+
+    def _is_guided(self) -> bool:
+        pipeline = None if self._pipeline is None else self._pipeline()
+        return bool(getattr(pipeline, "do_classifier_free_guidance", False))
 
     def reset(self) -> None:
         """Free the session's state and forget the branches, as when a pipeline ends."""
@@ -97,14 +132,12 @@ class CallTracker:
         self._branches.clear()
         self._num_branches = 0
         self._step_indices.clear()
+        self._last_calls.clear()
 
     def _context_name(self, text: Any) -> str:
         """The pipeline's name for the branch, or one by the identity of its text embedding."""
         if self.context.current is not None:
             return self.context.current.name
-        while isinstance(text, (list, tuple)) and text:  # one embedding a sample, or a layer
-            text = text[0]
-        text = text if isinstance(text, Tensor) else _NO_TEXT
         for name, branch in self._branches.items():
             if branch() is text:
                 return name
@@ -216,6 +249,13 @@ class CallTracker:
         if position != last_position or timestep is last_timestep:
             return False
         return as_number(timestep) != as_number(last_timestep)
+
+
+def _first_tensor(text: Any) -> Any:
+    """What tells a text embedding from others: some models take one a sample, or a layer."""
+    while isinstance(text, (list, tuple)) and text:
+        text = text[0]
+    return text if isinstance(text, Tensor) else _NO_TEXT
 
 
 def _index_of(timestep: float | None, timesteps: list[float]) -> int:

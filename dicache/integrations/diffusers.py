@@ -228,9 +228,10 @@ class _TransformerCache:
     def _run_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError(
-                f"This {type(self.transformer).__name__} is running already, in another thread. "
-                f"Its cache belongs to one run at a time. Give every thread a transformer of its "
-                f"own, let them take turns, or call remove_dicache."
+                f"This {type(self.transformer).__name__} is running already: in another thread, or "
+                f"this call came from inside of it. Its cache belongs to one run at a time. Give "
+                f"every thread a transformer of its own, let them take turns, or call "
+                f"remove_dicache."
             )
         try:
             return self._run_step_alone(args, kwargs)
@@ -294,15 +295,19 @@ class _TransformerCache:
     def enter_blocks(self, hidden_states: Tensor) -> None:
         """Note the tokens that enter block 0."""
         if torch.is_grad_enabled() and self._needs_gradients(hidden_states):
-            assert self.step is not None  # or the block would have been called past us
-            self.session.warn(
-                "gradients",
-                "Gradients are recorded, and the cache has none to give, so steps are computed "
-                "without it. Call the model inside torch.no_grad() or torch.inference_mode().",
-            )
-            self.step.close()
+            self._leave_step_to_gradients()
             return
         self.x, self.num_tokens = hidden_states, hidden_states.shape[1]
+
+    def _leave_step_to_gradients(self) -> None:
+        assert self.step is not None  # or the block would have been called past us
+        self.session.warn(
+            "gradients",
+            "Gradients are recorded, and the cache has none to give, so steps are computed "
+            "without it. Call the model inside torch.no_grad() or torch.inference_mode().",
+        )
+        self.step.close()
+        self.x = None
 
     def _needs_gradients(self, hidden_states: Tensor) -> bool:
         parameters = self.transformer.parameters()
@@ -313,27 +318,32 @@ class _TransformerCache:
         assert self.step is not None  # or the block would have been called past us
         if self.x is None:  # block 0 was replaced, and nobody saw x
             return
+        if p.requires_grad and torch.is_grad_enabled():  # of the text, say
+            self._leave_step_to_gradients()
+            return
         if self.step.needs_probe:
             self.step.probe(self.x, p)
         self.skips = self.step.action == "reuse"
         if self.step.rows is not None:
             self.rows = Rows(self.step.rows, p)
-        self._count(self.config.probe_depth, p.shape[0])
         if not self.skips:
             self.x, self.p = self.step.hold(self.x, p)
+        self.count(self.config.probe_depth, p.shape[0])  # now: hold may have begun a run
 
     def after_last_block(self, y: Tensor) -> Tensor:
         """Record a computed step; the tokens of all samples."""
         assert self.step is not None
         if self.x is None or self.p is None:
             return y
-        self._count(len(self.blocks) - self.config.probe_depth, y.shape[0])
+        if self.rows is None:  # else they were counted one by one
+            self.count(len(self.blocks) - self.config.probe_depth, y.shape[0])
         y = self.step.record(self.x, self.p, y)
         self.x = self.p = None
         self._install_again()
         return y
 
-    def _count(self, blocks: int, samples: int) -> None:
+    def count(self, blocks: int, samples: int) -> None:
+        """Blocks that ran, for the statistics."""
         stats = self.session.stats
         stats.block_calls += blocks
         stats.block_samples += blocks * samples
@@ -469,7 +479,9 @@ class _BlockCall:
             gathered = rows.gather(given, self.stack.per_sample)
         except UnknownRowsError as error:
             self.cache.session.warn("rows", f"{type(self.block).__name__}: {error}")
+            self.cache.count(1, rows.batch)
             return None
+        self.cache.count(1, len(rows.indices))
         args = (
             tuple(gathered.pop(name) for name, place in self.places.items() if place < len(args))
             + args[len(self.places) :]

@@ -30,16 +30,22 @@ class Rows:
         """The arguments for these samples; those that `per_sample` does not name are as they were.
 
         Raises:
-            UnknownRowsError: A named tensor has a number of rows that is neither B nor 1.
+            UnknownRowsError: A named tensor has a number of rows that is neither B nor 1, or an
+                argument that is not named may have a row a sample, too.
         """
         gathered = dict(arguments)
+        for name in arguments.keys() - {path.partition(".")[0] for path in per_sample}:
+            self._check_shared(arguments[name], name)
         for path in per_sample:
             name, _, key = path.partition(".")
             value = gathered.get(name)
             if not key:
                 gathered[name] = self._of(value, path)
-            elif isinstance(value, dict) and key in value:
-                gathered[name] = {**value, key: self._of(value[key], path)}
+            elif isinstance(value, dict):
+                others = {each: value[each] for each in value.keys() - {key}}
+                self._check_shared(others, name)
+                if key in value:
+                    gathered[name] = {**value, key: self._of(value[key], path)}
         return {name: value for name, value in gathered.items() if name in arguments}
 
     def take(self, tensor: Tensor) -> Tensor:
@@ -51,6 +57,26 @@ class Rows:
         if part is None or whole is None:
             return part
         return whole.to(part.dtype).index_copy(0, self.indices.to(part.device), part)
+
+    def _check_shared(self, value: Any, name: str) -> None:
+        """What nobody named must not look as if it had a row a sample."""
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, (list, tuple)):
+            for each in value:
+                self._check_shared(each, name)
+        elif isinstance(value, Tensor):
+            if value.dim() > 0 and value.shape[0] == self.batch:
+                raise UnknownRowsError(
+                    f"argument {name!r} holds a tensor of shape {list(value.shape)} in a batch of "
+                    f"{self.batch}, and BlockStack.per_sample does not name it, so the block ran "
+                    f"for all samples."
+                )
+        elif value is not None and not isinstance(value, (bool, int, float, str)):
+            raise UnknownRowsError(
+                f"argument {name!r} holds a {type(value).__name__}, which may have rows of its "
+                f"own, so the block ran for all samples."
+            )
 
     def _of(self, value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
