@@ -112,10 +112,13 @@ class CallTracker:
         or if the text was there before: then requests take turns.
         """
         last_timestep, last_text = self._last_calls.get(name, (None, None))
+        if last_text is not None and last_text() is text:  # as in nearly every call
+            self._last_calls[name] = (timestep, last_text)
+            return
         known = [ref for ref in self._texts.get(name, []) if ref() is not None]
         is_known = any(ref() is text for ref in known)
         self._texts[name] = known if is_known else [*known[1 - _MOST_BRANCHES :], weakref.ref(text)]
-        if last_text is not None and last_text() is not text:
+        if last_text is not None:
             if is_known and self.session.runs_on(timestep):
                 self.session.warn("requests", _TAKING_TURNS)
             if is_known or (timestep is not None and timestep == last_timestep):
