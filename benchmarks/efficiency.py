@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import efficiency_report
-from stages import Outcome, Stage, run_stages
+from stages import Outcome, Stage, exit_code, has_gpu, run_stages
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -114,13 +114,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def has_gpu() -> bool:
-    """Whether torch sees a CUDA device."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all stages and write the report."""
     args = parse(arguments)
@@ -149,8 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_model(name, args.device, args.budget, environment, report)
     write()
     print((out / "efficiency.md").read_text())
-    counted = [outcome for outcome in outcomes if not outcome.name.startswith(EXPLORE)]
-    return int(any(o.status.startswith(("failed", "timed out")) for o in counted))
+    return exit_code([outcome for outcome in outcomes if not outcome.name.startswith(EXPLORE)])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages import Outcome
+from stages import Outcome, results_of, verdict
 
 Row = dict[str, Any]
 
@@ -92,10 +92,7 @@ class Goal:
     @property
     def status(self) -> str:
         """met, missed or not measured."""
-        if self.measured is None:
-            return "not measured"
-        met = self.measured >= self.wanted if self.at_least else self.measured <= self.wanted
-        return "met" if met else "missed"
+        return verdict(self.measured, self.wanted, self.at_least)
 
 
 class Findings:
@@ -103,15 +100,11 @@ class Findings:
 
     def __init__(self, outcomes: Sequence[Outcome], names: Sequence[str], tiny: bool) -> None:
         self.outcomes, self.names, self.tiny = outcomes, names, tiny
-        self._results = [result for outcome in outcomes for result in outcome.results]
 
     def of_kind(self, kind: str, model: str | None = None) -> list[Row]:
         """All findings of one kind, of one model or of all."""
-        return [
-            {key: value for key, value in result.items() if key != "kind"}
-            for result in self._results
-            if result.get("kind") == kind and model in (None, result.get("model"))
-        ]
+        results = results_of(self.outcomes, kind)
+        return [result for result in results if model in (None, result.get("model"))]
 
     def last(self, kind: str, model: str | None = None) -> Row:
         """The last finding of its kind, or nothing."""

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gpu_report
-from stages import Outcome, Stage, run_stages
+from stages import Outcome, Stage, exit_code, has_gpu, run_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = str(Path(__file__).resolve().parent / "gpu_tasks.py")
@@ -170,13 +170,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def has_gpu() -> bool:
-    """Whether torch sees a CUDA device."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all stages and write the report."""
     args = parse(arguments)
@@ -198,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes = run_stages(stages, args.budget, ROOT, report)
     gpu_report.write_plot(outcomes, out / "gpu.png", args.dry_run)
     print((out / "gpu.md").read_text())
-    return int(any(o.status.startswith(("failed", "timed out")) for o in outcomes))
+    return exit_code(outcomes)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import rows
 from rows import Row
-from stages import Outcome
+from stages import Outcome, results_of, verdict
 
 from dicache import ops
 
@@ -36,10 +36,7 @@ class Goal:
     @property
     def status(self) -> str:
         """met, missed or not measured."""
-        if self.measured is None:
-            return "not measured"
-        met = self.measured >= self.wanted if self.at_least else self.measured <= self.wanted
-        return "met" if met else "missed"
+        return verdict(self.measured, self.wanted, self.at_least)
 
 
 class Findings:
@@ -47,17 +44,12 @@ class Findings:
 
     def __init__(self, outcomes: list[Outcome], dry: bool) -> None:
         self.outcomes, self.dry = outcomes, dry
-        self._results = [result for outcome in outcomes for result in outcome.results]
         self.rows: list[Row] = self.of_kind("row")
         rows.add_ratios(self.rows)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         """All findings of one kind, without saying the kind again."""
-        return [
-            {key: value for key, value in result.items() if key != "kind"}
-            for result in self._results
-            if result.get("kind") == kind
-        ]
+        return results_of(self.outcomes, kind)
 
     def one(self, kind: str, key: str) -> dict[str, Any]:
         """The last finding of its kind, or nothing."""

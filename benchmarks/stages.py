@@ -68,6 +68,35 @@ def run_stages(
     return outcomes
 
 
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 if no stage failed; a goal that was missed is a finding, not a failure."""
+    return int(any(o.status.startswith(("failed", "timed out")) for o in outcomes))
+
+
+def results_of(outcomes: Sequence[Outcome], kind: str) -> list[dict[str, Any]]:
+    """What stages emitted of one kind, without saying the kind again."""
+    return [
+        {key: value for key, value in result.items() if key != "kind"}
+        for outcome in outcomes
+        for result in outcome.results
+        if result.get("kind") == kind
+    ]
+
+
+def verdict(measured: float | None, wanted: float, at_least: bool) -> str:
+    """met, missed or not measured."""
+    if measured is None:
+        return "not measured"
+    return "met" if (measured >= wanted if at_least else measured <= wanted) else "missed"
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _run(stage: Stage, allowed: float, folder: Path) -> Outcome:
     if stage.skip is not None:
         return Outcome(stage.name, f"skipped: {stage.skip}")
