@@ -461,32 +461,21 @@ class _BlockCall:
 
     def run_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block for some samples only; the others keep what they came with."""
-        assert self.cache.rows is not None
-        output = self.run_gathered(args, kwargs)
-        if output is None:  # the block ran for all
-            return self.inner(*args, **kwargs)
-        values = self.by_name(output)
-        for name, rows in values.items():
-            values[name] = self.cache.rows.scatter(rows, self.argument(name, args, kwargs))
-        return self.take(values)
-
-    def run_gathered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's output for some samples; `None` if its arguments cannot be told apart."""
         rows = self.cache.rows
         assert rows is not None
         given = {name: args[i] for name, i in self.places.items() if i < len(args)} | kwargs
         try:
             gathered = rows.gather(given, self.stack.per_sample)
-        except UnknownRowsError as error:
+        except UnknownRowsError as error:  # its arguments cannot be told apart: it runs for all
             self.cache.session.warn("rows", f"{type(self.block).__name__}: {error}")
             self.cache.count(1, rows.batch)
-            return None
+            return self.inner(*args, **kwargs)
         self.cache.count(1, len(rows.indices))
-        args = (
-            tuple(gathered.pop(name) for name, place in self.places.items() if place < len(args))
-            + args[len(self.places) :]
-        )
-        return self.inner(*args, **gathered)
+        named = [gathered.pop(name) for name, place in self.places.items() if place < len(args)]
+        values = self.by_name(self.inner(*named, *args[len(self.places) :], **gathered))
+        for name, part in values.items():
+            values[name] = rows.scatter(part, self.argument(name, args, kwargs))
+        return self.take(values)
 
     def by_name(self, output: Any) -> dict[str, Any]:
         """A block's output by the names of its arguments."""
@@ -538,18 +527,9 @@ class _CornerCall(_BlockCall):
         """Run the last block for the samples that are computed, and fill the others in."""
         rows = self.cache.rows
         assert rows is not None
-        output = self.run_gathered(args, kwargs)
-        if output is None:
-            output = self.inner(*args, **kwargs)
-            y = self.cache.after_last_block(rows.take(self._tokens(output)))
-            values = self.by_name(output)
-        else:
-            y = self.cache.after_last_block(self._tokens(output))
-            values = {
-                name: rows.scatter(part, self.argument(name, args, kwargs))
-                for name, part in self.by_name(output).items()
-            }
-        return self._with_tokens(values, y)
+        output = self.run_rows(args, kwargs)
+        y = self.cache.after_last_block(rows.take(self._tokens(output)))
+        return self._with_tokens(self.by_name(output), y)
 
     def _give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = {name: self.argument(name, args, kwargs) for name in self.names}
