@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 _ROUNDINGS = ("floor", "nearest", "next")
@@ -131,12 +132,12 @@ class DiCacheConfig:
             return math.floor(steps) + 1
         return math.floor(steps + 0.5 if self.retention_rounding == "nearest" else steps)
 
-    @property
+    @cached_property
     def verifies_alignment(self) -> bool:
         """Whether the error asks how well the trajectory predicts the probe."""
         return self.error in ("alignment", "weighted_alignment")
 
-    @property
+    @cached_property
     def needs_num_inference_steps(self) -> bool:
         """Whether a rule of this configuration depends on the length of the run."""
         return self.schedule is None and (self.retention_ratio > 0 or self.compute_last_step)

@@ -29,7 +29,7 @@ class Gate:
         config = self.config
         if config.schedule is not None:
             return step < len(config.schedule) and config.schedule[step] == "R"
-        if config.needs_num_inference_steps and num_inference_steps is None:
+        if num_inference_steps is None and config.needs_num_inference_steps:
             return False
         if config.compute_last_step and is_last:
             return False

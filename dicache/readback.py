@@ -22,16 +22,16 @@ class Readback:
 
     def __init__(self, *tensors: Tensor) -> None:
         self._copies: list[Tensor] = []
-        devices: list[torch.device] = []
+        self._events: dict[torch.device, torch.cuda.Event] = {}
         for tensor in tensors:
             self._copies.append(_begin_copy(tensor) if tensor.is_cuda else tensor)
-            if tensor.is_cuda and tensor.device not in devices:
-                devices.append(tensor.device)
-        self._events = [_record_event(device) for device in devices]
+        for tensor in tensors:
+            if tensor.is_cuda and tensor.device not in self._events:
+                self._events[tensor.device] = _record_event(tensor.device)
 
     def wait(self) -> list[Any]:
         """What `tolist` gives for each tensor: a number, or a list."""
-        for event in self._events:
+        for event in self._events.values():
             event.synchronize()
         return [copy.tolist() for copy in self._copies]
 

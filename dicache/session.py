@@ -60,6 +60,11 @@ class Decision:
     gamma: float | None = None
     samples: tuple[Decision, ...] = ()
 
+    @property
+    def reuses_any(self) -> bool:
+        """Whether some sample reuses."""
+        return self.action == "reuse" or any(each.action == "reuse" for each in self.samples)
+
 
 _COMPUTE = Decision("compute")
 
@@ -156,7 +161,7 @@ class DiCacheSession:
         Raises:
             ValueError: `num_inference_steps` is smaller than 1.
         """
-        value = as_number(timestep)
+        value = as_number(timestep) if isinstance(timestep, Tensor) else timestep
         steps = num_inference_steps or self.config.num_inference_steps
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(
@@ -327,7 +332,7 @@ class Step:
         Raises:
             RuntimeError: `needs_probe` is False, or the step was probed or ended already.
         """
-        if not self.needs_probe or self._done or self.action != "compute":
+        if not self.needs_probe or self._done or self._decision is not _COMPUTE:
             raise RuntimeError("This step takes no probe. Ask `step.needs_probe`, and probe once.")
         trajectory = self._matching_trajectory(x, p)
         if not self.needs_probe:  # the layout was new: this is now the first step of a run
@@ -339,16 +344,17 @@ class Step:
             self._queued = trajectory.combine(x, self._gamma)
         numbers, *timestep = readback.wait()
         decision = self._judge_samples(numbers) if self._by_sample else self._judge(*numbers[-1])
-        self._decision = decision
-        if self._promise is not None and self._reuses_any() and not self._promise[1](timestep[0]):
+        if decision.reuses_any and self._promise is not None and not self._promise[1](timestep[0]):
             self._state = self._session._restart(self._name)
-            self._decision, self.needs_probe = _COMPUTE, False
-        self.rows = self._rows_to_compute()
-        if self.rows is not None and self._queued is None:
-            self._queued = trajectory.combine(x, self._gamma)
-        elif self.rows is None and self.action != "reuse":
+            decision, self.needs_probe = _COMPUTE, False
+        self._decision = decision
+        if not decision.reuses_any:
             self._queued = None
-        return self._decision
+        elif decision.action != "reuse":  # samples disagree
+            self.rows = [r for r, each in enumerate(decision.samples) if each.action != "reuse"]
+            if self._queued is None:
+                self._queued = trajectory.combine(x, self._gamma)
+        return decision
 
     def _gamma_of_samples(self, result: Tensor) -> Tensor:
         """gamma [B] out of a result [B + 1, 2]: each sample's own, or the whole batch's for all."""
@@ -364,7 +370,7 @@ class Step:
         gate = self._state.gates[row]
         if self._session.config.error == "weighted_alignment":
             error *= self._size
-        if leader_reuses is None and self._shares_decisions:
+        if leader_reuses is None and self._shares_decisions and len(self._session._contexts) > 1:
             leader_reuses = self._leader_reuses(row)
         action = gate.decide(error, gamma, leader_reuses)
         if not (math.isfinite(error) and math.isfinite(gamma)):
@@ -397,16 +403,6 @@ class Step:
         if not did_this_step:
             return None
         return len(leader.gates) == len(state.gates) and leader.gates[row].consecutive_reuse > 0
-
-    def _reuses_any(self) -> bool:
-        decision = self._decision
-        return any(each.action == "reuse" for each in decision.samples or (decision,))
-
-    def _rows_to_compute(self) -> list[int] | None:
-        if not self._decision.samples or not self._reuses_any() or self.action == "reuse":
-            return None
-        samples = self._decision.samples
-        return [row for row, each in enumerate(samples) if each.action != "reuse"]
 
     def _drop_entries(self, row: int, error: float, gamma: float) -> None:
         """A window with NaN or infinity in it is of no use; the step will be computed."""
@@ -450,7 +446,7 @@ class Step:
         Raises:
             RuntimeError: The decision is not `"reuse"`, or the step ended already.
         """
-        if self.action != "reuse" or self._done:
+        if self._decision.action != "reuse" or self._done:
             raise RuntimeError(
                 f"A step can be reused once, after `probe` decided so. Its action is "
                 f"{self.action!r}. Run the blocks and call `record`."
@@ -460,7 +456,7 @@ class Step:
         y = trajectory.combine(x, self._gamma) if self._queued is None else self._queued
         self._queued = None
         trajectory.end_step()
-        self._finish(self._decision)
+        self._finish()
         return y
 
     @torch.no_grad()
@@ -485,7 +481,7 @@ class Step:
             y = self._record_samples(x, p, y)
         else:
             self._matching_trajectory(x, p).record(x, p, y)
-        self._finish(self._decision)
+        self._finish()
         self._session._update_peaks()
         return y
 
@@ -524,8 +520,8 @@ class Step:
             filled[row] = tokens
         return filled
 
-    def _finish(self, decision: Decision) -> None:
-        state, self._decision, self._done = self._state, decision, True
+    def _finish(self) -> None:
+        state, decision, self._done = self._state, self._decision, True
         records = self._session.stats.contexts[self._name]
         for row, gate in enumerate(state.gates):
             each = decision.samples[row] if decision.samples else decision
@@ -538,15 +534,15 @@ class Step:
         state.has_history = True
 
     def _is_judged(self, is_last: bool) -> bool:
-        config, session = self._session.config, self._session
-        index, steps = self._state.next_step, session.num_inference_steps
+        session = self._session
+        config, steps, index = session.config, session.num_inference_steps, self._state.next_step
         if config.schedule is not None and index >= len(config.schedule):
             session.warn(
                 "schedule",
                 f"schedule has {len(config.schedule)} letters and the run more steps. Those behind "
                 f"its end are computed; give schedule one letter a step.",
             )
-        if config.needs_num_inference_steps and steps is None:
+        if steps is None and config.needs_num_inference_steps:
             session.warn(
                 "num_inference_steps",
                 "The number of steps is unknown and the rules need it, so every step is computed. "

@@ -39,7 +39,7 @@ class Trajectory:
         low, high = config.gamma_range
         self.gamma_range = (float(low), math.inf if high is None else float(high))
         batch, wide = x.shape[0], torch.float64 if x.dtype == torch.float64 else torch.float32
-        self._layout = _layout(x, p)
+        self._layout = (x.shape, x.dtype, x.device, p.shape, p.dtype, p.device)
         self._order = _memory_order(p)
         self._back = [self._order.index(dim) for dim in range(p.dim())]
         self._is_permuted = self._order != sorted(self._order)
@@ -72,11 +72,11 @@ class Trajectory:
 
     def matches(self, x: Tensor, p: Tensor) -> bool:
         """Whether x and p have the shape, dtypes and device that this trajectory was made for."""
-        return self._layout == _layout(x, p)
+        return self._layout == (x.shape, x.dtype, x.device, p.shape, p.dtype, p.device)
 
     def statistics(self, x: Tensor, p: Tensor) -> Tensor:
         """(error, gamma) [B + 1, 2] on the device; the last row is the whole batch."""
-        x, p = self._dense_x(x), _dense(self._view(p))
+        x, p = self._dense_x(x), _dense(self._view(p) if self._is_permuted else p)
         if self.previous_probe is None:
             return self.ops.alignment_statistics(x, p, *self._statistics)[1]
         for trajectory in (self, *self.samples):
@@ -110,7 +110,7 @@ class Trajectory:
         y = self.ops.combine_residuals(self._dense_x(x), self.residual_window, self.newest, gamma)
         if y.dtype == torch.float16:  # its largest number is within reach of what models compute
             y.clamp_(-_FP16_MAX, _FP16_MAX)
-        return self._view_back(y)
+        return self._view_back(y) if self._is_permuted else y
 
     def record(self, x: Tensor, p: Tensor, y: Tensor) -> None:
         """Push this step's residuals into the window; x and p may come from `hold`."""
@@ -194,6 +194,8 @@ class Trajectory:
 
     def _dense_x(self, x: Tensor) -> Tensor:
         """x for an operator; where that takes a copy, one a step."""
+        if x.is_contiguous() and not self._is_permuted:
+            return x
         if self._copied_x is not None and self._copied_x[0] is x:
             return self._copied_x[1]
         view = self._view(x)
@@ -228,7 +230,3 @@ def _memory_order(tensor: Tensor) -> list[int]:
     """The order of dimensions in which a tensor's samples [B, ...] lie in memory."""
     strides = tensor.stride()
     return [0, *sorted(range(1, tensor.dim()), key=lambda dim: -strides[dim])]
-
-
-def _layout(x: Tensor, p: Tensor) -> tuple[object, ...]:
-    return (x.shape, x.dtype, x.device, p.shape, p.dtype, p.device)

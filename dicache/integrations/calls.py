@@ -86,19 +86,20 @@ class CallTracker:
 
     def open_step(self, given: Any, text: Any) -> Step:
         """The step that a call of the transformer with this timestep and text embedding is."""
-        num_steps, is_last, index = self._position(given)
+        session, context = self.session, self.context.current
+        num_steps, is_last, index = self._position(given, context)
         timestep, first = as_number(given) if index is None else self._known_timesteps[index], None
         if index is not None:  # Wan 2.2's second expert begins in the middle of the run
             first = self._known_timesteps[self._begin_of_run()]
-        text = _first_tensor(text)
-        if self.context.current is not None:
-            self._notice_other_request(self.context.current.name, timestep, text)
-        self.session.observe(timestep, num_steps, first)
-        if not self.session.stats.contexts:  # a run begins: its branches are named anew
+        text = text if isinstance(text, Tensor) else _first_tensor(text)
+        if context is not None:
+            self._notice_other_request(context.name, timestep, text)
+        session.observe(timestep, num_steps, first)
+        if not session.stats.contexts:  # a run begins: its branches are named anew
             self._branches.clear()
             self._num_branches = 0
-        name = self._context_name(text)
-        step = self.session.open_step(name, is_last)
+        name = self._branch_name(text) if context is None else context.name
+        step = session.open_step(name, is_last)
         if index is not None and step.needs_probe:
             step.promise(given, functools.partial(self._keeps, given.dtype, timestep))
         step.pairs_branches = name == _BRANCHES_IN_BATCH and self._is_guided()
@@ -137,10 +138,8 @@ class CallTracker:
         self._step_indices.clear()
         self._last_calls.clear()
 
-    def _context_name(self, text: Any) -> str:
-        """The pipeline's name for the branch, or one by the identity of its text embedding."""
-        if self.context.current is not None:
-            return self.context.current.name
+    def _branch_name(self, text: Any) -> str:
+        """A name for the branch by the identity of its text embedding."""
         for name, branch in self._branches.items():
             if branch() is text:
                 return name
@@ -160,7 +159,7 @@ class CallTracker:
             del self._branches[name]
             self.session.warn("branches", _UNKNOWN_BRANCH)
 
-    def _position(self, timestep: Any) -> tuple[int | None, bool | None, int | None]:
+    def _position(self, timestep: Any, context: Any) -> tuple[int | None, bool | None, int | None]:
         """Number of steps, whether this is the last one, and its index in the known timesteps.
 
         Each is `None` as far as the pipeline does not tell.
@@ -172,9 +171,8 @@ class CallTracker:
         else:
             num_steps, is_last, index = self._position_in_schedule(self._scheduler, timestep)
             index = index if isinstance(timestep, Tensor) else None  # else there is nothing to read
-        given = self.context.current
-        if given is not None and given.num_inference_steps is not None:
-            num_steps, is_last = self._position_in_context(given)
+        if context is not None and context.num_inference_steps is not None:
+            num_steps, is_last = self._position_in_context(context)
         return num_steps, is_last, index
 
     def _position_in_context(self, given: Any) -> tuple[int, bool | None]:

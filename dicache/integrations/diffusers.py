@@ -26,6 +26,7 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 
 from ..config import DiCacheConfig
 from ..session import DiCacheSession, DiCacheWarning, Step
+from .bypass import Bypass, passing_through
 from .calls import CallTracker
 from .families import BlockStack, ModelFamily, find_family, supported_families
 from .rows import Rows, UnknownRowsError
@@ -128,11 +129,7 @@ class _TransformerCache:
         ascending = family.ascending_timesteps
         self.session = DiCacheSession(resolved, ascending_timesteps=ascending)
         self.calls = CallTracker(self.session, pipeline)
-        parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
-        self._arguments = [
-            (name, parameters.index(name) if name in parameters else len(parameters))
-            for name in ("timestep", "encoder_hidden_states")
-        ]
+        self._parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.step: Step | None = None  # set while the transformer runs
         self.x: Tensor | None = None  # [B, S, D] tokens before block 0, as long as needed
         self.p: Tensor | None = None  # [B, S, D] tokens after the probe
@@ -149,6 +146,14 @@ class _TransformerCache:
         self._compiler: Callable[..., Any] | None = None
         self._in_use = threading.Lock()
         self.corner_calls = [self.block_calls[index] for index in sorted(corners)]
+        self.bypasses = self._make_bypasses(family)
+
+    def _make_bypasses(self, family: ModelFamily) -> list[Bypass]:
+        """For each list of blocks, twins of those between the probe and the last block."""
+        middle = {call.block: call.returned for call in self.block_calls[:-1]}
+        for call in self.corner_calls:
+            middle.pop(call.block, None)
+        return [Bypass(getattr(self.transformer, each.attribute), middle) for each in family.stacks]
 
     def attach(self) -> None:
         """Take the place of the calls; the root hook makes the cache visible to diffusers."""
@@ -215,45 +220,66 @@ class _TransformerCache:
     @torch.compiler.disable(recursive=False)
     def _call_root(self, *args: Any, **kwargs: Any) -> Any:
         surrounding = set_eval_frame(None)  # by a torch.compile around us, which must not see us
+        is_free = self._in_use.acquire(blocking=False)
         try:
+            if not is_free:
+                self._refuse_second_call()
             compiler = surrounding if callable(surrounding) else None
             if compiler is not self._compiler:  # it shall see the blocks alone
-                self._compiler = compiler
-                for call in self.block_calls:
-                    call.install(compiler)
+                self._compile_under(compiler)
             return self._run_step(args, kwargs)
         finally:
+            if is_free:
+                self._in_use.release()
             set_eval_frame(surrounding)
 
     def _run_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._in_use.acquire(blocking=False):
-            raise RuntimeError(
-                f"This {type(self.transformer).__name__} is running already: in another thread, or "
-                f"this call came from inside of it. Its cache belongs to one run at a time. Give "
-                f"every thread a transformer of its own, let them take turns, or call "
-                f"remove_dicache."
-            )
-        try:
-            return self._run_step_alone(args, kwargs)
-        finally:
-            self._in_use.release()
-
-    def _run_step_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._open_step(args, kwargs)
+        for call in self.corner_calls:
+            if call.block._compiled_call_impl is not call.call:
+                self._install_again()  # compiled since the last step
+                break
+        named = {**dict(zip(self._parameters, args, strict=False)), **kwargs} if args else kwargs
+        timestep, text = named.get("timestep"), named.get("encoder_hidden_states")
+        self.step = step = self.calls.open_step(timestep, text)
         try:
             output = self.transformer._call_impl(*args, **kwargs)
+            if not step.is_done:
+                self._warn_of_unseen_blocks()
         except BaseException:
-            self._close_step()
+            step.close()
             self.session.reset()  # an aborted run leaves nothing behind
             raise
-        if self.step is not None and not self.step.is_done:
-            self.session.warn(
-                "unseen",
-                "The blocks that the cache was applied to did not all run, so the step counts for "
-                "nothing. Were blocks replaced? Call remove_dicache and apply_dicache again.",
-            )
-        self._close_step()
+        finally:
+            if self.skips:
+                self._end_skipping()
+            self.step = self.x = self.p = self.rows = None
         return output
+
+    def _end_skipping(self) -> None:
+        self.skips = False
+        for bypass in self.bypasses:
+            bypass.end()
+
+    def _warn_of_unseen_blocks(self) -> None:
+        assert self.step is not None
+        self.step.close()
+        self.session.warn(
+            "unseen",
+            "The blocks that the cache was applied to did not all run, so the step counts for "
+            "nothing. Were blocks replaced? Call remove_dicache and apply_dicache again.",
+        )
+
+    def _refuse_second_call(self) -> None:
+        raise RuntimeError(
+            f"This {type(self.transformer).__name__} is running already: in another thread, or "
+            f"this call came from inside of it. Its cache belongs to one run at a time. Give every "
+            f"thread a transformer of its own, let them take turns, or call remove_dicache."
+        )
+
+    def _compile_under(self, compiler: Callable[..., Any] | None) -> None:
+        self._compiler = compiler
+        for call in self.block_calls:
+            call.install(compiler)
 
     def _refuse_copy(self, *_: Any) -> Any:
         """Stands for what pickle and deepcopy ask a model for."""
@@ -264,17 +290,6 @@ class _TransformerCache:
 
     __deepcopy__ = _refuse_copy
 
-    def _open_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for call in self.corner_calls:
-            if not call.is_outermost:
-                self._install_again()  # compiled since the last step
-                break
-        given = [
-            kwargs[name] if name in kwargs else args[place] if place < len(args) else None
-            for name, place in self._arguments
-        ]
-        self.step = self.calls.open_step(*given)
-
     def _install_again(self) -> None:
         """Come back outside of blocks that were compiled meanwhile.
 
@@ -284,13 +299,6 @@ class _TransformerCache:
         for call in self.block_calls:
             if not call.is_outermost:
                 call.install()
-
-    def _close_step(self) -> None:
-        step, self.step = self.step, None
-        self.x = self.p = self.rows = None
-        self.skips = False
-        if step is not None:
-            step.close()
 
     def enter_blocks(self, hidden_states: Tensor) -> None:
         """Note the tokens that enter block 0."""
@@ -315,19 +323,21 @@ class _TransformerCache:
 
     def after_probe(self, p: Tensor) -> None:
         """Take the decision; on a computed step move x and p into the cache's buffers."""
-        assert self.step is not None  # or the block would have been called past us
+        step = self.step
+        assert step is not None  # or the block would have been called past us
         if self.x is None:  # block 0 was replaced, and nobody saw x
             return
         if p.requires_grad and torch.is_grad_enabled():  # of the text, say
             self._leave_step_to_gradients()
             return
-        if self.step.needs_probe:
-            self.step.probe(self.x, p)
-        self.skips = self.step.action == "reuse"
-        if self.step.rows is not None:
-            self.rows = Rows(self.step.rows, p)
-        if not self.skips:
-            self.x, self.p = self.step.hold(self.x, p)
+        self.skips = step.needs_probe and step.probe(self.x, p).action == "reuse"
+        if step.rows is not None:
+            self.rows = Rows(step.rows, p)
+        if self.skips:
+            for bypass in self.bypasses:
+                bypass.begin()
+        else:
+            self.x, self.p = step.hold(self.x, p)
         self.count(self.config.probe_depth, p.shape[0])  # now: hold may have begun a run
 
     def after_last_block(self, y: Tensor) -> Tensor:
@@ -413,6 +423,7 @@ class _BlockCall:
         self.stack = stack
         self.take = itemgetter(*stack.outputs)  # a tuple, or with one name a value
         self.places = _places(block)
+        self.returned = passing_through(stack.outputs, tuple(self.places))
         self.compiled: Callable[..., Any] | None = None  # the block's call, where it is compiled
         self.call: Callable[..., Any] | None = None  # what was installed
 
@@ -443,16 +454,11 @@ class _BlockCall:
 
     def make_call(self) -> Callable[..., Any]:
         """The function that stands for the block's call: one frame, as it runs in every step."""
-        cache, inner, take = self.cache, self.inner, self.take
-        pass_through, run_rows = self.pass_through, self.run_rows
-        places = [self.places[name] for name in self.names]
-        take_places, last = itemgetter(*places), max(places)
+        cache, inner, returned, run_rows = self.cache, self.inner, self.returned, self.run_rows
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if cache.skips:
-                if not args:
-                    return take(kwargs)
-                return take_places(args) if len(args) > last else pass_through(args, kwargs)
+            if cache.skips:  # nobody looked into the list that holds a twin by now
+                return returned(*args, **kwargs)
             if cache.rows is not None:
                 return run_rows(args, kwargs)
             return inner(*args, **kwargs)
@@ -481,10 +487,6 @@ class _BlockCall:
         """A block's output by the names of its arguments."""
         return dict(zip(self.names, output if len(self.names) > 1 else (output,), strict=True))
 
-    def pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the block would return if it changed nothing."""
-        return self.take({name: self.argument(name, args, kwargs) for name in self.names})
-
     def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An argument of the block by its name."""
         return kwargs[name] if name in kwargs else args[self.places[name]]
@@ -511,7 +513,7 @@ class _CornerCall(_BlockCall):
         if self.is_first:
             cache.enter_blocks(self.argument(self.stack.hidden_states, args, kwargs))
         if cache.skips:
-            return self._give(args, kwargs) if self.is_last else self.pass_through(args, kwargs)
+            return self._give(args, kwargs) if self.is_last else self.returned(*args, **kwargs)
         if cache.rows is not None and not self.is_last:
             return self.run_rows(args, kwargs)
         if cache.rows is not None:
@@ -532,7 +534,9 @@ class _CornerCall(_BlockCall):
         return self._with_tokens(self.by_name(output), y)
 
     def _give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        values = {name: self.argument(name, args, kwargs) for name in self.names}
+        values = kwargs
+        if args:
+            values = {name: self.argument(name, args, kwargs) for name in self.names}
         step, x = self.cache.step, self.cache.x
         assert step is not None and x is not None  # set by block 0 of this call
         return self._with_tokens(values, step.reuse(x))
