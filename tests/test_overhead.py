@@ -69,6 +69,18 @@ def test_a_computed_step_adds_less_than_first_block_cache(family: str, config: A
     assert get_stats(ours).num_reused == 0
 
 
+@pytest.mark.parametrize("family", REAL_DEPTH)
+def test_a_skipped_step_adds_less_than_half_of_first_block_caches_calls(family: str) -> None:
+    probe_alone, other, ours = (build(family, **REAL_DEPTH[family]) for _ in range(3))
+    probe_alone.transformer_blocks = probe_alone.transformer_blocks[:1]
+    probe_alone.single_transformer_blocks = torch.nn.ModuleList()
+    other.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    apply_dicache(ours, ALWAYS)
+    alone = python_calls(family, probe_alone)
+    assert python_calls(family, ours) - alone < (python_calls(family, other) - alone) / 2
+    assert get_stats(ours).num_reused == 3
+
+
 @pytest.mark.parametrize("family", ["flux", "hunyuan-video", "wan"])
 def test_a_skipped_step_dispatches_two_operators_beside_its_probe(family: str) -> None:
     model, probe_alone = build(family), build(family)
