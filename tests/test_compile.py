@@ -7,6 +7,7 @@ calls.
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -184,12 +185,33 @@ def test_blocks_are_compiled_only_where_a_compiled_transformer_calls_them() -> N
     assert counter.frame_count == graphs and actions(model) == SCHEDULE
 
 
-def test_a_model_compiled_as_a_whole_is_taken_apart_with_a_warning_and_put_back() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_compiled_before_is_compiled_by_its_blocks_and_put_back(family: str) -> None:
+    model, eager, counter = build(family), build(family), CompileCounterWithBackend("eager")
+    model.compile(backend=counter, fullgraph=True)
+    whole = model._compiled_call_impl
+    for each in (model, eager):
+        apply_dicache(each, config())
+    outputs, graphs = [], []
+    for inputs in sequence(family):
+        outputs.append(model(**inputs)[0])
+        graphs.append(counter.frame_count)
+    expected = [eager(**inputs)[0] for inputs in sequence(family)]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    # As compile_repeated_blocks: one graph a kind of block, and again for the second size.
+    assert 0 < graphs[0] <= 3 and graphs[0] == graphs[len(SCHEDULE) + 3]
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+    remove_dicache(model)
+    assert model._compiled_call_impl is whole
+    assert all(block._compiled_call_impl is None for block in blocks(family, model))
+
+
+def test_a_model_compiled_by_something_unknown_is_taken_apart_with_a_warning() -> None:
     model = build("flux")
-    model.compile(backend="eager")
-    compiled = model._compiled_call_impl
-    with pytest.warns(DiCacheWarning, match="compile_repeated_blocks"):
+    model._compiled_call_impl = compiled = functools.partial(model._call_impl)
+    with pytest.warns(DiCacheWarning, match="compile_repeated_blocks") as caught:
         apply_dicache(model, config())
+    assert caught[0].filename == __file__
     for inputs in calls("flux", len(SCHEDULE)):
         model(**inputs)
     assert actions(model) == SCHEDULE

@@ -28,6 +28,7 @@ from ..config import DiCacheConfig
 from ..session import DiCacheSession, DiCacheWarning, Step
 from .bypass import Bypass, passing_through
 from .calls import CallTracker
+from .compiling import compiled_like, under
 from .families import BlockStack, ModelFamily, find_family, supported_families
 from .rows import Rows, UnknownRowsError
 
@@ -143,7 +144,8 @@ class _TransformerCache:
             else _BlockCall(self, block, stack)
             for index, (block, stack) in enumerate(self.blocks)
         ]
-        self._compiler: Callable[..., Any] | None = None
+        self._surrounding: Callable[..., Any] | None = None  # dynamo's, of a compiled caller
+        self._compile: Callable[..., Any] | None = None  # as the transformer itself was compiled
         self._in_use = threading.Lock()
         self.corner_calls = [self.block_calls[index] for index in sorted(corners)]
         self.bypasses = self._make_bypasses(family)
@@ -158,22 +160,28 @@ class _TransformerCache:
     def attach(self) -> None:
         """Take the place of the calls; the root hook makes the cache visible to diffusers."""
         self._compiled_before = self.transformer._compiled_call_impl
-        if self._compiled_before is not None:  # first of all: a warning may be made an error
-            warnings.warn(
-                f"This {type(self.transformer).__name__} was compiled as a whole, and DiCache "
-                f"takes it apart: its blocks now run uncompiled. Call compile_repeated_blocks(...) "
-                f"instead of compile(...), before or after applying DiCache.",
-                DiCacheWarning,
-                stacklevel=4,
-            )
+        if self._compiled_before is not None:
+            self._compile = compiled_like(self._compiled_before)
+            if self._compile is None:  # first of all: a warning may be made an error
+                self._warn_of_plain_blocks()
         registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
         registry.register_hook(_RootHook(self), _HOOK)
         self._root_forward = self.transformer.forward
         for call in self.block_calls:
-            call.install()
+            call.install(self._compile)
         self._take_root_call()
         registry.invalidate_child_registries_cache()
         self.transformer._cache_config = self.config  # type: ignore[assignment]
+
+    def _warn_of_plain_blocks(self) -> None:
+        warnings.warn(
+            f"This {type(self.transformer).__name__} was compiled as a whole, DiCache takes it "
+            f"apart, and this torch does not tell what it was compiled with: its blocks now run "
+            f"uncompiled. Call compile_repeated_blocks(...) instead of compile(...), before or "
+            f"after applying DiCache.",
+            DiCacheWarning,
+            stacklevel=5,
+        )
 
     def detach(self) -> None:
         """Give the calls back and free the state."""
@@ -214,6 +222,7 @@ class _TransformerCache:
 
     def _compile_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Stands for the transformer's `compile`."""
+        self._compile = None
         for call in self.block_calls:
             call.block.compile(*args, **kwargs)
 
@@ -224,9 +233,9 @@ class _TransformerCache:
         try:
             if not is_free:
                 self._refuse_second_call()
-            compiler = surrounding if callable(surrounding) else None
-            if compiler is not self._compiler:  # it shall see the blocks alone
-                self._compile_under(compiler)
+            callback = surrounding if callable(surrounding) else None
+            if callback is not self._surrounding:  # it shall see the blocks alone
+                self._compile_under(callback)
             return self._run_step(args, kwargs)
         finally:
             if is_free:
@@ -276,10 +285,10 @@ class _TransformerCache:
             f"thread a transformer of its own, let them take turns, or call remove_dicache."
         )
 
-    def _compile_under(self, compiler: Callable[..., Any] | None) -> None:
-        self._compiler = compiler
+    def _compile_under(self, callback: Callable[..., Any] | None) -> None:
+        self._surrounding = callback
         for call in self.block_calls:
-            call.install(compiler)
+            call.install(self._compile if callback is None else under(callback))
 
     def _refuse_copy(self, *_: Any) -> Any:
         """Stands for what pickle and deepcopy ask a model for."""
@@ -432,17 +441,17 @@ class _BlockCall:
         """Whether calls come to us first; not, if the block was compiled since `install`."""
         return self.block._compiled_call_impl is self.call
 
-    def install(self, compiler: Callable[..., Any] | None = None) -> None:
+    def install(self, compile_call: Callable[..., Any] | None = None) -> None:
         """Take the place of the block's call, whatever it is by now: plain, or compiled.
 
-        A plain one runs under `compiler`, if there is one.
+        A plain one is compiled by `compile_call`, if there is one.
         """
         if not self.is_outermost:
             self.compiled = self.block._compiled_call_impl
         if self.compiled is not None:
             self.inner = self.compiled
-        elif compiler is not None:
-            self.inner = _under(compiler, self.block._call_impl)
+        elif compile_call is not None:
+            self.inner = compile_call(self.block._call_impl)
         else:
             self.inner = self.block._call_impl
         self.block._compiled_call_impl = self.call = self.make_call()
@@ -561,19 +570,6 @@ def _put_back(module: nn.Module, compiled: Callable[..., Any] | None) -> None:
     vars(module).pop("_compiled_call_impl", None)
     if compiled is not None:
         module._compiled_call_impl = compiled
-
-
-def _under(compiler: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
-    """A call whose frames the compiler sees, for where nothing is compiled around it."""
-
-    def compiled(*args: Any, **kwargs: Any) -> Any:
-        set_eval_frame(compiler)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            set_eval_frame(None)
-
-    return compiled
 
 
 def _places(block: nn.Module) -> dict[str, int]:
