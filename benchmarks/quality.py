@@ -3,6 +3,7 @@
     python benchmarks/quality.py                   the default against presets and other caches
     python benchmarks/quality.py --study rules     variants of the default's rules
     python benchmarks/quality.py --study guidance --model wan    one decision for both branches
+    python benchmarks/quality.py --study memory    a cache in bf16 and in fp8
 
 The shipped models run in their real pipelines, 30 steps for images and 50 for video, one sample at
 a time. Quality is the PSNR of the cached against the un-cached decoded pictures in [0, 1], capped
@@ -271,6 +272,18 @@ def guidance(model: str) -> list[Method]:
     return methods
 
 
+MEMORY: dict[str, dict[str, Any]] = {
+    "as the model, fp32": {},
+    "bf16": {"cache_dtype": torch.bfloat16},
+    "fp8, a scale a token": {"cache_dtype": torch.float8_e4m3fn},
+}
+
+
+def memory(model: str) -> list[Method]:
+    """The default with what it keeps in smaller dtypes."""
+    return [Method(name, functools.partial(_rules, fields)) for name, fields in MEMORY.items()]
+
+
 def _at(configure: Callable[..., DiCacheConfig], threshold: float) -> DiCacheConfig:
     return configure(threshold=threshold)
 
@@ -313,6 +326,7 @@ STUDIES = {
     "caches": Study("Quality at equal cost", "quality", caches, 2000, 16),
     "rules": Study("Variants of the default's rules", "quality_rules", rules, 100, 8),
     "guidance": Study("One decision for both branches", "quality_guidance", guidance, 300, 12),
+    "memory": Study("A cache in smaller dtypes", "quality_memory", memory, 400, 8),
 }
 
 

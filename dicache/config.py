@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+import torch
+
 _ROUNDINGS = ("floor", "nearest", "next")
 _ERRORS = ("delta_y", "delta_minus", "alignment", "weighted_alignment")
 _ALIGNMENTS = ("l1", "least_squares")
@@ -61,6 +63,11 @@ class DiCacheConfig:
             where they must. Branches that lie in one batch decide by their mean error where every
             sample has its own decision, which then depends on its partner.
         backend: Which implementation of the operators to use; see `dicache.ops`.
+        cache_dtype: What the cache keeps between steps is rounded to this dtype: `torch.bfloat16`,
+            or, as an experiment, `torch.float8_e4m3fn` with a scale a token. `None` keeps the
+            model's own. In both cases operators work on the model's dtypes.
+        cache_device: `"cpu"` keeps it in host memory, pinned where the model is on a GPU, and
+            copies it back for the steps that need it. `None` keeps it where the model is.
 
     Raises:
         ValueError: A field has a value outside its range; the message names all three.
@@ -81,6 +88,8 @@ class DiCacheConfig:
     granularity: str = "batch"
     cfg: str = "shared"
     backend: str = "auto"
+    cache_dtype: torch.dtype | None = None
+    cache_device: str | None = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
@@ -98,6 +107,10 @@ class DiCacheConfig:
         self._check_choice("granularity", _GRANULARITIES)
         self._check_choice("cfg", _CFGS)
         self._check_choice("backend", _BACKENDS)
+        dtypes = (None, torch.bfloat16, torch.float8_e4m3fn)
+        expected = "None, torch.bfloat16 or torch.float8_e4m3fn"
+        self._check("cache_dtype", self.cache_dtype in dtypes, expected)
+        self._check("cache_device", self.cache_device in (None, "cpu"), "None or 'cpu'")
         self._check_gamma_range()
         self._check_schedule()
         if self.verifies_alignment and self.alignment != "least_squares":

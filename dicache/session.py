@@ -32,6 +32,7 @@ from torch import Tensor
 from .config import DiCacheConfig
 from .gate import Gate
 from .ops import resolve_backend
+from .packed import make_trajectory
 from .readback import Readback, as_number, one_number
 from .stats import RunStats, StepRecord
 from .trajectory import Trajectory
@@ -275,8 +276,10 @@ class Step:
         self.rows: list[int] | None = None
         self.pairs_branches = False
         self.needs_probe = self._is_judged(is_last) and state.has_history
-        if not state.has_history and state.trajectory is not None:
+        if state.trajectory is not None and not state.has_history:
             state.trajectory.drop_entries()
+        elif state.trajectory is not None and self.needs_probe:
+            state.trajectory.fetch()
         state.has_history = False  # until this step is done
 
     def __enter__(self) -> Step:
@@ -560,7 +563,7 @@ class Step:
             self.rows = self._queued = None
         if trajectory is None:
             config = self._session.config
-            trajectory = self._state.trajectory = Trajectory(config, x, p)
+            trajectory = self._state.trajectory = make_trajectory(config, x, p)
             if self._by_sample:
                 trajectory.split()
                 self._state.gates = [Gate(config) for _ in trajectory.samples]

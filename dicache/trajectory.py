@@ -74,6 +74,9 @@ class Trajectory:
         """Whether x and p have the shape, dtypes and device that this trajectory was made for."""
         return self._layout == (x.shape, x.dtype, x.device, p.shape, p.dtype, p.device)
 
+    def fetch(self) -> None:
+        """A probe is going to come: begin with what can be done for it before."""
+
     def statistics(self, x: Tensor, p: Tensor) -> Tensor:
         """(error, gamma) [B + 1, 2] on the device; the last row is the whole batch."""
         x, p = self._dense_x(x), _dense(self._view(p) if self._is_permuted else p)
