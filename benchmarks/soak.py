@@ -10,7 +10,8 @@ the number of the run. One pipeline a model serves all runs. After each of them
 - every step of a run without an exception is in its statistics;
 - the latents of the last finished step equal those of a fresh pipeline that is told the same
   decisions (`DiCacheConfig(schedule=...)`) and ends in the same way: nothing of an earlier run
-  shows;
+  shows. Where every sample decides for itself, which no schedule can tell, the fresh pipeline
+  decides by the same rules;
 - no more tensors are alive than after the model's first run. Counted are storages, without those
   that diffusers' pipeline and scheduler keep of their last call. While a run that an exception
   ended holds its state, which the next run of its pipeline or `reset_dicache` frees, nothing is
@@ -59,6 +60,12 @@ TOLERANCE = 1e-5  # relative to the largest latent
 GROWTH = 48 * 2**20  # bytes that the memory of a process moves without a leak
 FEWEST_RUNS = 40  # that say something about memory
 LETTERS = {"compute": "C", "resume": "C", "reuse": "R"}
+KEPT: dict[str, dict[str, Any]] = {
+    "": {},
+    " in host memory": {"cache_device": "cpu"},
+    " in bf16": {"cache_dtype": torch.bfloat16},
+    " in fp8 in host memory": {"cache_dtype": torch.float8_e4m3fn, "cache_device": "cpu"},
+}
 ENDS = ("whole", "whole", "whole", "stop", "block", "scheduler", "callback")
 
 
@@ -177,12 +184,16 @@ class Soak:
 
     def check(self, plan: Plan, pipe: Any, stats: RunStats, outcome: Outcome) -> float:
         """Statistics and result; returns the deviation from the reference."""
-        recorded = sum(len(steps) for steps in stats.contexts.values())
+        recorded = sum(len({each.step for each in steps}) for steps in stats.contexts.values())
         if not outcome.raised and recorded != outcome.calls:
             raise ViolationError(f"{outcome.calls} calls, and {recorded} of them in the statistics")
         config = sessions(pipe)["transformer"].config
         fresh = self.models.wrap(plan.model, copy.deepcopy(self.plain[plan.model]))
-        told = with_schedules(fresh, config, masks(stats))
+        if config.granularity == "batch":
+            told = with_schedules(fresh, config, masks(stats))
+        else:
+            told = fresh
+            apply_dicache(told, config)
         expected = generate(told, plan)
         if (outcome.steps, outcome.raised) != (expected.steps, expected.raised):
             raise ViolationError(
@@ -265,10 +276,14 @@ def draw(models: Models, seed: int, number: int, model: str | None = None) -> Pl
 
 
 def draw_config(name: str, dice: random.Random) -> tuple[DiCacheConfig, str]:
-    """Rules and their name: the default or a published preset, with a random threshold.
+    """Rules and their name: the default or a published preset, and how their tensors are kept."""
+    config, title = draw_rules(name, dice)
+    (kept,) = dice.choices(list(KEPT), weights=(3, 1, 1, 1))
+    return replace(config, **KEPT[kept]), title + kept
 
-    Decisions for every sample have no schedule that would repeat them, so they are left out.
-    """
+
+def draw_rules(name: str, dice: random.Random) -> tuple[DiCacheConfig, str]:
+    """Rules with a random threshold."""
     threshold = 10 ** dice.uniform(-2.5, 0.3)
     kind = dice.choice(("default", "preset", "greedy"))
     if kind == "preset":
@@ -280,8 +295,9 @@ def draw_config(name: str, dice: random.Random) -> tuple[DiCacheConfig, str]:
         config = DiCacheConfig(threshold=math.inf, max_consecutive_reuse=limit)
         return config, f"at most {limit} reused in a row"
     depth, cfg = dice.choice((1, 2)), dice.choice(("shared", "independent"))
-    config = DiCacheConfig(threshold=threshold, probe_depth=depth, cfg=cfg)
-    return config, f"default {threshold:.2g} {cfg}"
+    unit = dice.choice(("batch", "sample"))
+    config = DiCacheConfig(threshold=threshold, probe_depth=depth, cfg=cfg, granularity=unit)
+    return config, f"default {threshold:.2g} {cfg} a {unit}"
 
 
 def put_on_cache(pipe: Any, config: DiCacheConfig | None) -> None:
@@ -369,11 +385,13 @@ def with_schedules(pipe: Any, config: DiCacheConfig, masks: dict[str, str]) -> A
 
 
 def masks(stats: RunStats) -> dict[str, str]:
-    """What was computed and reused, by context."""
-    return {
-        name: "".join(LETTERS[step.action] for step in steps)
-        for name, steps in stats.contexts.items()
-    }
+    """What was computed and reused, by context and, where it has its own schedule, sample."""
+    found: dict[str, str] = {}
+    for name, steps in stats.contexts.items():
+        for step in steps:
+            key = name if step.sample is None else f"{name}[{step.sample}]"
+            found[key] = found.get(key, "") + LETTERS[step.action]
+    return found
 
 
 def relative_deviation(latents: Tensor, expected: Tensor) -> float:
