@@ -402,8 +402,12 @@ class Step:
     def _leader_reuses(self, row: int) -> bool | None:
         """Whether the branch that is called first reused this step; `None` if it is this one."""
         leader, state = next(iter(self._session._contexts.values())), self._state
-        did_this_step = leader is not state and leader.next_step == state.next_step + 1
-        if not did_this_step:
+        timestep = self._session._timestep
+        if timestep is None:  # then branches that are not called in every step fall out of pace
+            did_this_step = leader.next_step == state.next_step + 1
+        else:
+            did_this_step = leader.timestep == timestep
+        if leader is state or not did_this_step:
             return None
         return len(leader.gates) == len(state.gates) and leader.gates[row].consecutive_reuse > 0
 

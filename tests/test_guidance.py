@@ -68,6 +68,19 @@ def test_the_first_branch_decides_for_both() -> None:
     assert drive(session_with("shared"), {"cond": 1.0, "uncond": 0.01})["uncond"].count("R") < 3
 
 
+def test_a_branch_that_is_called_in_some_steps_only_follows_in_those() -> None:
+    """Guidance in an interval: its context counts fewer steps than the one that decides."""
+    session, both = session_with("shared"), {}
+    for index in range(NUM_STEPS):
+        taken = step(session, "cond", index, branch(index, 0.01))
+        if index >= 4:
+            both[index] = (taken, step(session, "uncond", index, branch(index, 1.0)))
+    first, *others = both.values()
+    assert first[1] == "compute"  # it has no history
+    assert all(mine == its for mine, its in others)
+    assert {mine for mine, _ in others} == {"reuse", "resume"}
+
+
 def test_samples_follow_their_own_leader() -> None:
     session = session_with("shared", granularity="sample")
     for index in range(NUM_STEPS):
