@@ -29,28 +29,32 @@ def make_trajectory(config: DiCacheConfig, x: Tensor, p: Tensor) -> Trajectory:
 
 
 class PackedBuffer:
-    """A tensor [..., D] that is packed while nobody needs it.
+    """A tensor that is packed while nobody needs it.
 
-    With `dtype` fp8 (e4m3) a row of D elements is stored as round(row / scale), scale = max|row| /
-    448 in fp32; a row of zeros has scale 1. Other dtypes round each element.
+    With `dtype` fp8 (e4m3) a token's D elements are stored as round(token / scale), scale =
+    max|token| / 448 in fp32; a token of zeros has scale 1. Other dtypes round each element.
 
     Args:
         buffer: Empty afterwards; its views stay valid, and are filled and emptied with it.
         dtype: Of the packed elements; `None` keeps the buffer's.
         device: Where they are kept; `None` keeps them where the buffer is.
+        dim: The dimension of a token's elements, counted from the last one.
     """
 
     @torch.inference_mode(False)
-    def __init__(self, buffer: Tensor, dtype: torch.dtype | None, device: str | None) -> None:
-        self._buffer = buffer
+    def __init__(
+        self, buffer: Tensor, dtype: torch.dtype | None, device: str | None, dim: int = -1
+    ) -> None:
+        self._buffer, self._dim = buffer, dim
         self._num_bytes = buffer.untyped_storage().nbytes()
         pinned = device == "cpu" and buffer.is_cuda
         where = buffer.device if device is None else torch.device(device)
-        kind, rows = dtype or buffer.dtype, (*buffer.shape[:-1], 1)
+        kind, tokens = dtype or buffer.dtype, list(buffer.shape)
+        tokens[dim] = 1
         self._packed = torch.zeros(buffer.shape, dtype=kind, device=where, pin_memory=pinned)
         self._scale: Tensor | None = None
         if kind == torch.float8_e4m3fn:
-            self._scale = torch.ones(rows, dtype=torch.float32, device=where, pin_memory=pinned)
+            self._scale = torch.ones(tokens, dtype=torch.float32, device=where, pin_memory=pinned)
         self._stream = torch.cuda.Stream(buffer.device) if pinned else None
         self._is_full = True
         self.empty()
@@ -136,7 +140,7 @@ class PackedBuffer:
             self._packed.copy_(self._buffer, non_blocking=True)
             return
         for buffer, packed, scale in zip(self._buffer, self._packed, self._scale, strict=True):
-            largest = buffer.abs().amax(dim=-1, keepdim=True).to(torch.float32)
+            largest = buffer.abs().amax(dim=self._dim, keepdim=True).to(torch.float32)
             step = torch.where(largest > 0, largest / _FP8_MAX, 1.0)
             elements = (buffer / step).clamp_(-_FP8_MAX, _FP8_MAX)  # NaN stays NaN
             packed.copy_(elements.to(torch.float8_e4m3fn), non_blocking=True)
@@ -151,7 +155,8 @@ class PackedTrajectory(Trajectory):
     @torch.inference_mode(False)
     def __init__(self, config: DiCacheConfig, x: Tensor, p: Tensor) -> None:
         super().__init__(config, x, p)
-        how = (config.cache_dtype, config.cache_device)
+        # The model's last dimension, wherever it lies in memory.
+        how = (config.cache_dtype, config.cache_device, self._back[-1] - p.dim())
         self._how = how
         self._packed_probes = [PackedBuffer(self.probe_window, *how)]
         for previous in (self.previous_probe, self.previous_x):

@@ -109,7 +109,9 @@ def test_residuals_of_another_dtype_than_the_tokens_entering() -> None:
     ],
     ids=["host", "bf16", "fp8"],
 )
-def test_buffers_are_empty_beside_the_blocks_and_between_steps(how, bytes_an_element, rules) -> None:
+def test_buffers_are_empty_beside_the_blocks_and_between_steps(
+    how, bytes_an_element, rules
+) -> None:
     session = DiCacheSession(DiCacheConfig(**rules, **how))
     for x, p, y in walk(8):
         with session.step("cond", num_inference_steps=8) as step:
@@ -164,21 +166,26 @@ def test_a_rounded_cache_stays_close(dtype: torch.dtype, rules: dict[str, Any]) 
     assert 0 < largest < 8 * 2.0 ** (-9 if dtype == torch.bfloat16 else -5)
 
 
-@given(exponents=st.lists(st.integers(-20, 20), min_size=1, max_size=6), seed=st.integers(0, 99))
+@given(
+    exponents=st.lists(st.integers(-20, 20), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+    dim=st.sampled_from((-1, -2)),
+)
 @settings(max_examples=30, deadline=None)
-def test_fp8_rounds_each_row_by_itself(exponents: list[int], seed: int) -> None:
+def test_fp8_rounds_each_token_by_itself(exponents: list[int], seed: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(1, len(exponents), 32, generator=generator)
     rows *= 2.0 ** torch.tensor(exponents).reshape(-1, 1)
+    rows = rows.transpose(-1, dim).contiguous()
     buffer = rows.clone()
-    packed = PackedBuffer(buffer, FP8, None)
+    packed = PackedBuffer(buffer, FP8, None, dim)
     packed.make_room()
     buffer.copy_(rows)
     packed.save()
     packed.empty()
     packed.fill()
-    # Four significant bits, or the smallest step of a row whose largest element is 448.
-    step = rows.abs().amax(-1, keepdim=True) / 448 * 2.0**-9
+    # Four significant bits, or the smallest step of a token whose largest element is 448.
+    step = rows.abs().amax(dim, keepdim=True) / 448 * 2.0**-9
     assert bool(((buffer - rows).abs() <= torch.maximum(rows.abs() * 2.0**-4, step)).all())
     again = buffer.clone()
     packed.save()
@@ -197,6 +204,21 @@ def test_fp8_keeps_zeros_and_marks_what_is_not_finite() -> None:
     packed.round()
     assert buffer[0, 0].tolist() == [0.0, 0.0]
     assert not buffer[0, 1:].isfinite().all(-1).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=["bf16", "fp8"])
+def test_tokens_that_lie_transposed_are_rounded_as_the_others(dtype: torch.dtype) -> None:
+    steps = walk(12)
+    rules = {**RULES["default"], "cache_dtype": dtype}
+    outputs, session = drive(DiCacheConfig(**rules), [transposed(step) for step in steps])
+    expected, plain = drive(DiCacheConfig(**rules), steps)
+    assert session.stats.cache_bytes == plain.stats.cache_bytes
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(outputs, expected, strict=True))
+
+
+def transposed(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same [B, S, D], in memory as [B, D, S]."""
+    return tuple(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors)
 
 
 @pytest.mark.filterwarnings("ignore::dicache.DiCacheWarning")
