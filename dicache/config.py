@@ -146,6 +146,11 @@ class DiCacheConfig:
         return math.floor(steps + 0.5 if self.retention_rounding == "nearest" else steps)
 
     @cached_property
+    def packs(self) -> bool:
+        """Whether the cache's tensors are kept in another form than operators take."""
+        return self.cache_dtype is not None or self.cache_device is not None
+
+    @cached_property
     def verifies_alignment(self) -> bool:
         """Whether the error asks how well the trajectory predicts the probe."""
         return self.error in ("alignment", "weighted_alignment")

@@ -24,8 +24,7 @@ _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 def make_trajectory(config: DiCacheConfig, x: Tensor, p: Tensor) -> Trajectory:
     """The trajectory that a configuration asks for."""
-    packs = config.cache_dtype is not None or config.cache_device is not None
-    return (PackedTrajectory if packs else Trajectory)(config, x, p)
+    return (PackedTrajectory if config.packs else Trajectory)(config, x, p)
 
 
 class PackedBuffer:

@@ -4,29 +4,25 @@ A part that changes what the blocks of a model compute in the middle of a run an
 that a cache does not mix residuals of both kinds: a trajectory between a step with full attention
 and one with sparse attention predicts neither. Whoever announces does so before the blocks run, in
 every call. A module of which nothing was announced has the phase `None`.
-
-Modules are referenced weakly, so that a note ends with its module.
 """
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 from torch import nn
 
-_PHASES: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_NAME = "_dicache_phase"  # among the module's own attributes: a look at it costs next to nothing
 
 
 def announce(module: nn.Module, phase: str) -> None:
     """Say that `module`'s forward computes in `phase` from now on, as in `"dense"`, `"sparse"`."""
-    _PHASES[module] = phase
+    vars(module)[_NAME] = phase
 
 
 def current(module: nn.Module) -> str | None:
     """The phase that was announced last, or `None`."""
-    return _PHASES.get(module)
+    return vars(module).get(_NAME)
 
 
 def forget(module: nn.Module) -> None:
     """Take the note away, as when the part that announced it is removed."""
-    _PHASES.pop(module, None)
+    vars(module).pop(_NAME, None)

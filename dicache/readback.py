@@ -33,7 +33,7 @@ class Readback:
         """What `tolist` gives for each tensor: a number, or a list."""
         for event in self._events.values():
             event.synchronize()
-        return [copy.tolist() for copy in self._copies]
+        return list(map(Tensor.tolist, self._copies))
 
 
 def as_number(timestep: Tensor | float | None) -> float | None:

@@ -78,6 +78,8 @@ class _Context:
         self.trajectory: Trajectory | None = None
         self.next_step = 0
         self.timestep: float | None = None  # of the last step
+        self.phase: str | None = None  # that the entries were computed in
+        self.to_compute = 0  # steps of a new phase that are computed before one is reused
         self.has_history = False  # whether the last step was ended by reuse or record
 
 
@@ -229,9 +231,10 @@ class DiCacheSession:
 
     def _restart(self, context: str) -> _Context:
         """Begin a new run in the middle of a step, which becomes the new run's first."""
+        phase = self._contexts[context].phase
         self._begin_run(self.num_inference_steps)
         state = self._begin_context(context)
-        state.timestep = self._timestep
+        state.timestep, state.phase = self._timestep, phase
         return state
 
     def _begin_context(self, context: str) -> _Context:
@@ -278,7 +281,7 @@ class Step:
         self.needs_probe = self._is_judged(is_last) and state.has_history
         if state.trajectory is not None and not state.has_history:
             state.trajectory.drop_entries()
-        elif state.trajectory is not None and self.needs_probe:
+        elif self.needs_probe and session.config.packs and state.trajectory is not None:
             state.trajectory.fetch()
         state.has_history = False  # until this step is done
 
@@ -309,6 +312,22 @@ class Step:
     @property
     def action(self) -> str:
         return self._decision.action
+
+    def enter_phase(self, phase: str | None) -> None:
+        """Say what the blocks compute in, where that changes in the middle of a run.
+
+        Residuals of two phases (full and sparse attention, say) do not make one trajectory. So in
+        a new phase the context's trajectory begins anew, and two steps are computed before one is
+        reused. Call it before `probe`, in every step.
+        """
+        state = self._state
+        if phase != state.phase:
+            state.phase = phase
+            if state.trajectory is not None:
+                state.trajectory.drop_entries()
+                state.to_compute = 2
+        if state.to_compute:
+            self.needs_probe = False
 
     def promise(self, timestep: Tensor, keeps: Callable[[float], bool]) -> None:
         """Let `probe` read this timestep too, in its one wait; it tells what step this really is.
@@ -347,11 +366,12 @@ class Step:
             self._queued = trajectory.combine(x, self._gamma)
         numbers, *timestep = readback.wait()
         decision = self._judge_samples(numbers) if self._by_sample else self._judge(*numbers[-1])
-        if decision.reuses_any and self._promise is not None and not self._promise[1](timestep[0]):
+        reuses_any = decision.reuses_any
+        if reuses_any and self._promise is not None and not self._promise[1](timestep[0]):
             self._state = self._session._restart(self._name)
-            decision, self.needs_probe = _COMPUTE, False
+            decision, self.needs_probe, reuses_any = _COMPUTE, False, False
         self._decision = decision
-        if not decision.reuses_any:
+        if not reuses_any:
             self._queued = None
         elif decision.action != "reuse":  # samples disagree
             self.rows = [r for r, each in enumerate(decision.samples) if each.action != "reuse"]
@@ -489,6 +509,7 @@ class Step:
         else:
             self._matching_trajectory(x, p).record(x, p, y)
         self._finish()
+        self._state.to_compute = max(self._state.to_compute - 1, 0)
         self._session._update_peaks()
         return y
 

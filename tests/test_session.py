@@ -48,6 +48,44 @@ def drive(session, count, context="cond", **where):
     return actions(session, context)
 
 
+# --- phases --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_two_steps_of_a_new_phase_are_computed_before_one_is_reused(granularity):
+    rules = {**ALWAYS_REUSE, "granularity": granularity}
+    session, phases = DiCacheSession(DiCacheConfig(**rules)), ["dense"] * 4 + ["sparse"] * 6
+    for seed, phase in enumerate(phases):
+        x, p, y = tensors(seed, shape=(1, 4, 8))
+        with session.step("cond") as step:
+            step.enter_phase(phase)
+            if step.needs_probe:
+                step.probe(x, p)
+            if step.action == "reuse":
+                step.reuse(x)
+            else:
+                step.record(*step.hold(x, p), y)
+    assert actions(session) == "CRRRCCRRRR"
+
+
+def test_nothing_of_the_old_phase_is_left_in_what_is_reused():
+    outputs = {}
+    for phases in (["dense"] * 3 + ["sparse"] * 4, ["sparse"] * 4):
+        session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+        for seed, phase in enumerate(phases, start=7 - len(phases)):
+            x, p, y = tensors(seed)
+            with session.step("cond") as step:
+                step.enter_phase(phase)
+                judged = step.needs_probe and seed > 4  # before, both compute
+                if judged:
+                    step.probe(x, p)
+                y = step.reuse(x) if step.action == "reuse" else step.record(x, p, y)
+            if judged:
+                outputs.setdefault(seed, []).append(y)
+    assert list(outputs) == [5, 6]
+    assert all(torch.equal(*pair) for pair in outputs.values())
+
+
 # --- waits ---------------------------------------------------------------------------------------
 
 

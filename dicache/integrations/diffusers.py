@@ -24,6 +24,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 
+from .. import phase
 from ..config import DiCacheConfig
 from ..session import DiCacheSession, DiCacheWarning, Step
 from .bypass import Bypass, passing_through
@@ -315,6 +316,9 @@ class _TransformerCache:
             self._leave_step_to_gradients()
             return
         self.x, self.num_tokens = hidden_states, hidden_states.shape[1]
+        step = self.step
+        assert step is not None  # or the block would have been called past us
+        step.enter_phase(phase.current(self.transformer))
 
     def _leave_step_to_gradients(self) -> None:
         assert self.step is not None  # or the block would have been called past us
@@ -520,7 +524,8 @@ class _CornerCall(_BlockCall):
         if cache.step is None:  # called on its own, outside the transformer
             return self.inner(*args, **kwargs)
         if self.is_first:
-            cache.enter_blocks(self.argument(self.stack.hidden_states, args, kwargs))
+            name = self.stack.hidden_states
+            cache.enter_blocks(kwargs[name] if name in kwargs else args[self.places[name]])
         if cache.skips:
             return self._give(args, kwargs) if self.is_last else self.returned(*args, **kwargs)
         if cache.rows is not None and not self.is_last:
