@@ -257,6 +257,7 @@ class Step:
     compute.
 
     Attributes:
+        index: The step's place in its context's run, from 0.
         action: `"compute"`, until `probe` decides on `"resume"` or `"reuse"`.
         needs_probe: Whether to ask `probe`; `False` on a step that is computed anyway.
         rows: Where samples disagree, those whose remaining blocks have to run; else `None`.
@@ -268,6 +269,7 @@ class Step:
         self._session = session
         self._name = name
         self._state = state
+        self.index = state.next_step
         self._decision = _COMPUTE
         self._gamma: Tensor | None = None  # [B]
         self._queued: Tensor | None = None  # the reused tokens, where `probe` began with them
