@@ -9,6 +9,11 @@ Importing this package imports neither diffusers nor Triton.
 from .config import DiCacheConfig
 from .integrations import apply_dicache, get_stats, remove_dicache, reset_dicache
 from .session import Decision, DiCacheSession, DiCacheWarning
+from .sparse_videogen import (
+    SparseVideoGenConfig,
+    apply_sparse_videogen,
+    remove_sparse_videogen,
+)
 from .stats import RunStats, StepRecord
 
 __all__ = [
@@ -17,10 +22,13 @@ __all__ = [
     "DiCacheSession",
     "DiCacheWarning",
     "RunStats",
+    "SparseVideoGenConfig",
     "StepRecord",
     "apply_dicache",
+    "apply_sparse_videogen",
     "get_stats",
     "remove_dicache",
+    "remove_sparse_videogen",
     "reset_dicache",
 ]
 

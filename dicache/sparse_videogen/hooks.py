@@ -1,0 +1,338 @@
+"""Sparse attention in diffusers models: processors in the blocks, and a hook that plans every call.
+
+Before the transformer runs, the hook finds out which step of how many the call is, as the cache
+does, reads the video's geometry off the arguments, and hands every sparse layer the plan of the
+call, or none on a dense step. It is one of torch's forward hooks, which offloading leaves alone
+where it replaces a model's `forward`. What diffusers has to find, the pipeline's context and the
+clean-up at its end, is in diffusers' own registry.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from .. import phase
+from ..config import DiCacheConfig
+from ..integrations import find_family
+from ..integrations.calls import CallTracker
+from ..integrations.diffusers import _components, is_pipeline
+from ..session import DiCacheSession, DiCacheWarning
+from .attention import Plan
+from .config import SparseVideoGenConfig
+from .families import find_sparse_family, supported_classes
+from .profiling import draw_rows
+
+_HOOK = "sparse_videogen"
+_MOST_PLANS = 4  # a prompt and its negative, of two resolutions
+_GPU_BLOCK = 128  # flex_attention's kernels take a block apart in tiles of up to this many tokens
+
+
+def apply(model: Any, config: SparseVideoGenConfig | None = None) -> None:
+    """See `dicache.apply_sparse_videogen`."""
+    config = SparseVideoGenConfig() if config is None else config
+    if not isinstance(config, SparseVideoGenConfig):
+        raise TypeError(f"config is a {type(config).__name__}. Expected a SparseVideoGenConfig.")
+    pipeline = model if is_pipeline(model) else None
+    parts = [_SparseTransformer(each, config, pipeline) for each in _transformers(model)]
+    for part in parts:  # only now, so that an error above leaves every transformer as it was
+        part.attach()
+
+
+def remove(model: Any) -> None:
+    """See `dicache.remove_sparse_videogen`."""
+    found = [hook for hook in map(_root_hook, _components(model).values()) if hook is not None]
+    if not found:
+        warnings.warn(
+            f"There is no Sparse VideoGen on this {type(model).__name__}, so nothing was removed.",
+            DiCacheWarning,
+            stacklevel=3,
+        )
+    for hook in found:
+        hook.part.detach()
+
+
+def _transformers(model: Any) -> list[nn.Module]:
+    parts = _components(model)
+    found = [part for part in parts.values() if find_sparse_family(part) is not None]
+    if not found:
+        given = [part for name, part in parts.items() if name.startswith("transformer")]
+        classes = ", ".join(sorted({type(part).__name__ for part in given or parts.values()}))
+        raise ValueError(
+            f"Sparse VideoGen does not support {type(model).__name__} ({classes}). Supported "
+            f"transformers: {', '.join(supported_classes())}."
+        )
+    return found
+
+
+def _root_hook(module: Any) -> _RootHook | None:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(_HOOK)
+
+
+class _RootHook(ModelHook):
+    """What diffusers finds on the transformer: the pipeline's context, and the reset at its end."""
+
+    _is_stateful = True
+
+    def __init__(self, part: _SparseTransformer) -> None:
+        super().__init__()
+        self.part = part
+        self.context = part.calls.context
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """Called by the pipeline when it ends."""
+        self.part.reset()
+        self.context.reset()
+        return module
+
+    def _refuse_copy(self, *_: Any) -> Any:
+        raise TypeError(
+            "A model with Sparse VideoGen cannot be copied or pickled: diffusers' hooks would run "
+            "the original's weights. Call remove_sparse_videogen first, and apply it to both."
+        )
+
+    __deepcopy__ = __reduce_ex__ = _refuse_copy
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the arguments of a transformer's call say.
+
+    Attributes:
+        grid: Frames, height and width of the video in tokens.
+        text: Number of text tokens in the sequence, with padding.
+        mask: [B, text] the text's mask, if there is one.
+    """
+
+    hidden_states: Tensor
+    grid: tuple[int, int, int]
+    text: int
+    mask: Tensor | None
+
+
+class _SparseTransformer:
+    """Sparse VideoGen on one transformer.
+
+    Raises:
+        ValueError: The transformer cannot take it; nothing was changed.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        config: SparseVideoGenConfig,
+        pipeline: DiffusionPipeline | None,
+    ) -> None:
+        family = find_sparse_family(transformer)
+        blocks = find_family(transformer)
+        assert family is not None and blocks is not None  # _transformers lets no other pass
+        self.transformer, self.family = transformer, family
+        self.density = family.density if config.density is None else config.density
+        steps = family.dense_steps if config.dense_steps is None else config.dense_steps
+        self.config = replace(config, density=self.density, dense_steps=steps)
+        layers = [getattr(block, family.attention) for block, _ in blocks.blocks(transformer)]
+        self._check(layers)
+        # The leading layers get a processor, too: compiled code would tell another kind apart.
+        self.attentions = layers
+        self.processors = [family.sparse_processor(each.processor) for each in layers]
+        self.sparse_layers = range(config.dense_layers, len(layers))
+        self.session = DiCacheSession(_counting(config.num_inference_steps))
+        self.calls = CallTracker(self.session, pipeline)
+        parameters = inspect.signature(type(transformer).forward).parameters
+        self._places = {name: place for place, name in enumerate(list(parameters)[1:])}
+        self._plans: list[tuple[Any, weakref.ref[Tensor] | None, Plan]] = []
+        self._generator = torch.Generator()
+
+    def attach(self) -> None:
+        """Put the processors in and hook the transformer's calls."""
+        registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
+        registry.register_hook(_RootHook(self), _HOOK)
+        self._root_forward = self.transformer.forward
+        registry.invalidate_child_registries_cache()
+        for attention, processor in zip(self.attentions, self.processors, strict=True):
+            attention.set_processor(processor)
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        self._handles = (
+            self.transformer.register_forward_pre_hook(before, with_kwargs=True),
+            self.transformer.register_forward_hook(after),
+        )
+
+    def detach(self) -> None:
+        """Leave the transformer as it was before `attach`."""
+        self.reset()
+        for handle in self._handles:
+            handle.remove()
+        for attention, processor in zip(self.attentions, self.processors, strict=True):
+            if attention.processor is processor:  # else somebody put in another one meanwhile
+                attention.set_processor(processor.dense)
+        registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
+        forward = self.transformer.forward
+        registry.remove_hook(_HOOK, recurse=False)
+        if forward is not self._root_forward:  # put on after ours: the registry does not know it
+            self.transformer.forward = forward
+        registry.invalidate_child_registries_cache()
+        attributes = vars(self.transformer)
+        if getattr(attributes.get("forward"), "__func__", None) is type(self.transformer).forward:
+            del attributes["forward"]
+        if not registry.hooks:
+            del attributes["_diffusers_hook"]
+        phase.forget(self.transformer)
+
+    def reset(self) -> None:
+        """Free all state, as when a pipeline ends."""
+        self.calls.reset()
+        self._plans.clear()
+        self._hand_out(None, None)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {
+            name: kwargs[name] if name in kwargs else args[place]
+            for name, place in self._places.items()
+            if name in kwargs or place < len(args)
+        }
+        step = self.calls.open_step(given.get("timestep"), given.get("encoder_hidden_states"))
+        step.close()
+        call = self._read(given)
+        plan = self._plan(call) if self._is_sparse(step.index, call) else None
+        self._hand_out(plan, None if plan is None else self._rows(call, step.index))
+        phase.announce(module, "dense" if plan is None else "sparse")
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        plan = self.processors[-1].plan
+        if plan is not None and plan.misfit:
+            plan.misfit = False
+            self.session.warn(
+                "misfit",
+                "Blocks were called with other tensors than the transformer (a part of the batch, "
+                "another length or device), so their attention was computed in full.",
+            )
+        self._hand_out(None, None)
+
+    def _hand_out(self, plan: Plan | None, rows: Tensor | None) -> None:
+        for index, layer in enumerate(self.sparse_layers):
+            self.processors[layer].plan = plan
+            self.processors[layer].rows = None if rows is None else rows[index]
+
+    def _read(self, given: dict[str, Any]) -> _Call:
+        hidden_states, name = given["hidden_states"], self.family.text_mask
+        sizes = zip(hidden_states.shape[2:], self._patch(), strict=True)
+        frames, height, width = (size // patch for size, patch in sizes)
+        text = 0 if name is None else given["encoder_hidden_states"].shape[1]
+        mask = None if name is None else given.get(name)
+        return _Call(hidden_states, (frames, height, width), text, mask)
+
+    def _patch(self) -> tuple[int, int, int]:
+        return self.family.patch(self.transformer.config)
+
+    def _is_sparse(self, index: int, call: _Call) -> bool:
+        """Whether a call is computed with sparse attention; warns where it cannot be."""
+        if call.grid[0] - self.family.sink_frames < 2:  # a picture has no time
+            return False
+        if self._is_leading(index):
+            return False
+        if torch.is_grad_enabled() and self._needs_gradients(call.hidden_states):
+            self.session.warn(
+                "gradients",
+                "Gradients are recorded, and sparse attention has none to give, so attention is "
+                "computed in full. Call the model inside torch.no_grad().",
+            )
+            return False
+        if self.processors[0]._parallel_config is not None:
+            self.session.warn(
+                "parallel",
+                "The sequence is split over several devices, so attention is computed in full: "
+                "Sparse VideoGen needs all tokens of a head in one place.",
+            )
+            return False
+        return True
+
+    def _is_leading(self, index: int) -> bool:
+        share, steps = self.config.dense_steps, self.session.num_inference_steps
+        assert share is not None  # the family's, if not the user's
+        if share == 0:
+            return False
+        if steps is None:
+            self.session.warn(
+                "num_inference_steps",
+                "The number of steps is unknown, and with it which ones are the leading ones, so "
+                "attention is computed in full in all of them. Set "
+                "SparseVideoGenConfig(num_inference_steps=...), or use apply_sparse_videogen(pipe) "
+                "instead of applying it to the transformer.",
+            )
+            return True
+        return index < math.floor(share * steps + 0.5)
+
+    def _needs_gradients(self, hidden_states: Tensor) -> bool:
+        parameters = self.transformer.parameters()
+        return hidden_states.requires_grad or any(each.requires_grad for each in parameters)
+
+    def _plan(self, call: _Call) -> Plan:
+        """The plan for this geometry and these prompts, which the calls of a run share."""
+        x, mask = call.hidden_states, call.mask
+        key = (call.grid, call.text, x.shape[0], x.device)
+        for known, ref, plan in self._plans:
+            if known == key and (mask is None if ref is None else ref() is mask):
+                return plan
+        if x.device.type != "cpu" and self.config.block_size % _GPU_BLOCK:
+            raise ValueError(
+                f"block_size is {self.config.block_size} on {x.device}. Expected a multiple of "
+                f"{_GPU_BLOCK}; smaller blocks are for the CPU."
+            )
+        if mask is None:
+            valid = torch.full((x.shape[0],), call.text, dtype=torch.int32, device=x.device)
+        else:
+            valid = mask.sum(dim=1, dtype=torch.int32).to(x.device)
+        family, size = self.family, self.config.block_size
+        plan = Plan.make(family.sink_frames, call.grid, call.text, valid, self.density, size)
+        entry = (key, None if mask is None else weakref.ref(mask), plan)
+        self._plans = [*self._plans[1 - _MOST_PLANS :], entry]
+        return plan
+
+    def _rows(self, call: _Call, index: int) -> Tensor:
+        """The sampled queries of every sparse layer in this step: int64 [layers, R]."""
+        tokens, device = math.prod(call.grid), call.hidden_states.device
+        count = min(self.config.profiling_rows, tokens)
+        with torch.inference_mode(False):
+            rows = draw_rows(count, tokens, index, self.sparse_layers, self._generator)
+            if device.type == "cuda":
+                rows = rows.pin_memory()
+            return rows.to(device, non_blocking=True)
+
+    def _check(self, attentions: list[Any]) -> None:
+        name, family = type(self.transformer).__name__, self.family
+        if _root_hook(self.transformer) is not None:
+            raise ValueError(
+                f"This {name} has Sparse VideoGen already. Call remove_sparse_videogen first."
+            )
+        if self.config.dense_layers >= len(attentions):
+            raise ValueError(
+                f"dense_layers is {self.config.dense_layers} and this {name} has {len(attentions)} "
+                f"blocks. Expected fewer dense_layers than blocks."
+            )
+        others = {type(each.processor).__name__ for each in attentions} - {family.processor}
+        if others:
+            raise ValueError(
+                f"This {name} has the attention processor {sorted(others)[0]}. Expected "
+                f"{family.processor}, which Sparse VideoGen replaces and can stand for: put it "
+                f"back with set_attn_processor."
+            )
+
+
+def _counting(num_inference_steps: int | None) -> DiCacheConfig:
+    """Rules for a session that counts the steps of a run and never caches one."""
+    return DiCacheConfig(
+        threshold=0.0,
+        retention_ratio=0.0,
+        compute_last_step=False,
+        num_inference_steps=num_inference_steps,
+    )
