@@ -95,14 +95,6 @@ class _RootHook(ModelHook):
         self.context.reset()
         return module
 
-    def _refuse_copy(self, *_: Any) -> Any:
-        raise TypeError(
-            "A model with Sparse VideoGen cannot be copied or pickled: diffusers' hooks would run "
-            "the original's weights. Call remove_sparse_videogen first, and apply it to both."
-        )
-
-    __deepcopy__ = __reduce_ex__ = _refuse_copy
-
 
 @dataclass(frozen=True)
 class _Call:
@@ -161,10 +153,9 @@ class _SparseTransformer:
         registry.invalidate_child_registries_cache()
         for attention, processor in zip(self.attentions, self.processors, strict=True):
             attention.set_processor(processor)
-        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._handles = (
-            self.transformer.register_forward_pre_hook(before, with_kwargs=True),
-            self.transformer.register_forward_hook(after),
+            self.transformer.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.transformer.register_forward_hook(self._after),
         )
 
     def detach(self) -> None:
@@ -188,12 +179,22 @@ class _SparseTransformer:
             del attributes["_diffusers_hook"]
         phase.forget(self.transformer)
 
+    def _refuse_copy(self, *_: Any) -> Any:
+        """Stands for what pickle and deepcopy ask of what hangs on the transformer."""
+        raise TypeError(
+            "A model with Sparse VideoGen cannot be copied or pickled: diffusers' hooks would run "
+            "the original's weights. Call remove_sparse_videogen first, and apply it to both."
+        )
+
+    __deepcopy__ = __reduce_ex__ = _refuse_copy
+
     def reset(self) -> None:
         """Free all state, as when a pipeline ends."""
         self.calls.reset()
         self._plans.clear()
         self._hand_out(None, None)
 
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {
             name: kwargs[name] if name in kwargs else args[place]
@@ -207,6 +208,7 @@ class _SparseTransformer:
         self._hand_out(plan, None if plan is None else self._rows(call, step.index))
         phase.announce(module, "dense" if plan is None else "sparse")
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         plan = self.processors[-1].plan
         if plan is not None and plan.misfit:

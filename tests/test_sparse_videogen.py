@@ -1,0 +1,527 @@
+"""Sparse VideoGen on diffusers models: which calls are sparse, and that it comes and goes cleanly.
+
+Models are tiny and their videos have five frames of latents. flex_attention runs uncompiled, which
+is the same mask in plain arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TEXT_TOKENS, blocks, build, calls
+from tiny_pipelines import pipeline, run
+from torch import Tensor, nn
+
+from dicache import (
+    DiCacheConfig,
+    DiCacheWarning,
+    SparseVideoGenConfig,
+    apply_dicache,
+    apply_sparse_videogen,
+    get_stats,
+    phase,
+    remove_dicache,
+    remove_sparse_videogen,
+)
+from dicache.sparse_videogen import attention, hooks
+
+FAMILIES = ("hunyuan-video", "wan")
+ATTENTION = {"hunyuan-video": "attn", "wan": "attn1"}
+STEPS = 5
+SPARSE = SparseVideoGenConfig(
+    density=0.4, dense_steps=0.4, block_size=16, num_inference_steps=STEPS
+)
+CACHE = DiCacheConfig(schedule="CCRCR", num_inference_steps=STEPS)
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(attention, "COMPILED", False)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def changed(**fields: Any) -> SparseVideoGenConfig:
+    return replace(SPARSE, **fields)
+
+
+def video(
+    family: str, num_steps: int = STEPS, *, frames: int = 5, lengths: Any = None, **options: Any
+) -> list[dict[str, Any]]:
+    """The calls of a run with so many frames, and prompts of these lengths."""
+    steps = calls(family, num_steps, **options)
+    generator = torch.Generator().manual_seed(9)
+    for inputs in steps:
+        x = inputs["hidden_states"][:, :, :1]
+        shape = (*x.shape[:2], frames, *x.shape[3:])
+        inputs["hidden_states"] = x + 0.5 * torch.randn(shape, generator=generator)
+        if lengths is not None and "encoder_attention_mask" in inputs:
+            ends = torch.tensor(lengths)[:, None]
+            inputs["encoder_attention_mask"] = (torch.arange(TEXT_TOKENS) < ends).float()
+    if lengths is not None and "encoder_attention_mask" in steps[0]:
+        for inputs in steps[1:]:  # one tensor, as pipelines give it
+            inputs["encoder_attention_mask"] = steps[0]["encoder_attention_mask"]
+    return steps
+
+
+def outputs(model: nn.Module, steps: list[dict[str, Any]]) -> list[Tensor]:
+    return [model(**inputs)[0] for inputs in steps]
+
+
+def sparse_calls(model: nn.Module, family: str, steps: list[dict[str, Any]]) -> list[str]:
+    """For every call a letter a block: S where its attention is sparse, else D."""
+    letters: list[str] = []
+    handles = [
+        getattr(block, ATTENTION[family]).register_forward_pre_hook(
+            lambda module, _: letters.append("D" if module.processor.plan is None else "S")
+        )
+        for block in blocks(family, model)
+    ]
+    outputs(model, steps)
+    for handle in handles:
+        handle.remove()
+    return ["".join(letters[i : i + len(handles)]) for i in range(0, len(letters), len(handles))]
+
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    """All that applying could leave behind."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        found[name] = {
+            "attributes": sorted(vars(module)),
+            "hooks": [len(module._forward_hooks), len(module._forward_pre_hooks)],
+            "with_kwargs": len(module._forward_pre_hooks_with_kwargs),
+            "processor": getattr(module, "processor", None),
+            "compiled": module._compiled_call_impl,
+        }
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_density_one_is_full_attention(family):
+    model, plain = build(family), build(family)
+    apply_sparse_videogen(model, changed(density=1.0, dense_steps=0.0, dense_layers=0))
+    steps = video(family, lengths=(5, 3))
+    assert set(sparse_calls(model, family, steps)) == {"SSSS"}
+    for output, wanted in zip(outputs(model, steps), outputs(plain, steps), strict=True):
+        torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_projections_of_wan():
+    model, plain = build("wan"), build("wan")
+    model.fuse_qkv_projections()
+    apply_sparse_videogen(model, changed(density=1.0, dense_steps=0.0))
+    steps = video("wan")
+    for output, wanted in zip(outputs(model, steps), outputs(plain, steps), strict=True):
+        torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_error_of_a_whole_model_falls_as_the_density_rises(family):
+    wanted = torch.stack(outputs(build(family), video(family)))
+    errors = []
+    for density in (0.2, 0.5, 0.8, 1.0):
+        model = build(family)
+        apply_sparse_videogen(model, changed(density=density, dense_steps=0.0, dense_layers=0))
+        errors.append((torch.stack(outputs(model, video(family))) - wanted).square().mean())
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leading_steps_and_layers_are_dense_bit_by_bit(family):
+    """floor(0.4 * 5 + 1/2) = 2 steps, and the first block always."""
+    model, plain = build(family), build(family)
+    apply_sparse_videogen(model, SPARSE)
+    steps = video(family)
+    assert sparse_calls(model, family, steps) == ["DDDD", "DDDD", "DSSS", "DSSS", "DSSS"]
+    same = [
+        torch.equal(a, b) for a, b in zip(outputs(model, steps), outputs(plain, steps), strict=True)
+    ]
+    assert same == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("family", "density", "dense_steps"), [("hunyuan-video", 0.25, 0.10), ("wan", 0.30, 0.20)]
+)
+def test_defaults_are_the_familys(family, density, dense_steps):
+    model = build(family)
+    apply_sparse_videogen(model)
+    config = model._diffusers_hook.get_hook("sparse_videogen").part.config
+    assert (config.density, config.dense_steps) == (density, dense_steps)
+    assert (config.dense_layers, config.profiling_rows, config.block_size) == (1, 64, 128)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_run_is_that_of_a_fresh_model(family):
+    model, fresh = build(family), build(family)
+    apply_sparse_videogen(model, SPARSE)
+    apply_sparse_videogen(fresh, SPARSE)
+    outputs(model, video(family, lengths=(4, 5)))
+    outputs(model, video(family, size=6)[:3])  # aborted
+    second = video(family, lengths=(3, 2), seed=5)
+    for output, wanted in zip(outputs(model, second), outputs(fresh, second), strict=True):
+        assert torch.equal(output, wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contexts_count_their_own_steps_and_have_their_own_prompts(family):
+    """Two branches in turn give what two models with a branch each give."""
+    model, alone = build(family), [build(family), build(family)]
+    for each in (model, *alone):
+        apply_sparse_videogen(each, SPARSE)
+    branches = [video(family, lengths=(5, 4)), video(family, lengths=(2, 3), seed=1)]
+    for pair in zip(*branches, strict=True):
+        for name, inputs, single in zip(("cond", "uncond"), pair, alone, strict=True):
+            with model.cache_context(name):
+                output = model(**inputs)[0]
+            assert torch.equal(output, single(**inputs)[0])
+
+
+def test_prompts_of_several_lengths_in_one_batch():
+    """Every sample is computed as if it were alone."""
+    model, alone = build("hunyuan-video"), build("hunyuan-video")
+    for each in (model, alone):
+        apply_sparse_videogen(each, changed(dense_steps=0.0))
+    (inputs, *_) = video("hunyuan-video", lengths=(2, 5))
+    output = model(**inputs)[0]
+    for sample in range(2):
+        one = {
+            name: value[sample : sample + 1] if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        with alone.cache_context(f"sample {sample}"):
+            wanted = alone(**one)[0]
+        torch.testing.assert_close(output[sample : sample + 1], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_of_the_text_does_not_reach_the_video():
+    model = build("hunyuan-video")
+    apply_sparse_videogen(model, changed(dense_steps=0.0))
+    (inputs, *_) = video("hunyuan-video", lengths=(2, 4))
+    output = model(**inputs)[0]
+    text = inputs["encoder_hidden_states"].clone()
+    text[0, 2:], text[1, 4:] = 7.0, -7.0
+    torch.testing.assert_close(
+        model(**{**inputs, "encoder_hidden_states": text})[0], output, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_global_random_state_stays(family):
+    model = build(family)
+    apply_sparse_videogen(model, SPARSE)
+    before = torch.random.get_rng_state()
+    outputs(model, video(family))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_unknown_number_of_steps_is_dense_with_one_warning(family):
+    model, plain = build(family), build(family)
+    apply_sparse_videogen(model, changed(num_inference_steps=None))
+    with pytest.warns(DiCacheWarning) as caught:
+        given = outputs(model, video(family))
+    (message,) = [str(each.message) for each in caught if each.category is DiCacheWarning]
+    assert "num_inference_steps" in message and "apply_sparse_videogen(pipe)" in message
+    wanted = outputs(plain, video(family))
+    assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
+
+
+def test_without_dense_steps_their_number_need_not_be_known():
+    model = build("wan")
+    apply_sparse_videogen(model, changed(num_inference_steps=None, dense_steps=0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiCacheWarning)
+        assert sparse_calls(model, "wan", video("wan", 2)) == ["DSSS", "DSSS"]
+
+
+@pytest.mark.parametrize(("family", "frames"), [("hunyuan-video", 1), ("wan", 1), ("wan", 2)])
+def test_what_has_no_time_to_look_along_stays_dense(family, frames):
+    """A picture; and of Wan's two frames one is the sink."""
+    model = build(family)
+    apply_sparse_videogen(model, changed(dense_steps=0.0))
+    assert sparse_calls(model, family, video(family, 2, frames=frames)) == ["DDDD", "DDDD"]
+
+
+def test_gradients_are_recorded_through_full_attention():
+    model = build("wan").requires_grad_(True)
+    apply_sparse_videogen(model, changed(dense_steps=0.0))
+    with torch.enable_grad(), pytest.warns(DiCacheWarning, match="no_grad"):
+        model(**video("wan", 1)[0])[0].sum().backward()
+    assert model.blocks[1].attn1.to_q.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_part_of_the_batch_is_computed_in_full_with_one_warning(family):
+    """The cache with granularity="sample" runs blocks for some samples only."""
+    model, plain = build(family), build(family)
+    apply_sparse_videogen(model, changed(dense_steps=0.0))
+    (block,) = [blocks(family, each)[2] for each in (model,)]
+    whole = block.forward
+
+    def one_by_one(hidden_states: Tensor, *args: Any) -> Any:
+        parts = [
+            whole(hidden_states[row : row + 1], *(_row(each, row) for each in args))
+            for row in range(2)
+        ]
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+    seen: list[Any] = []
+    block.register_forward_hook(lambda _, args, output: seen.append((args, output)))
+    block.forward = one_by_one
+    with pytest.warns(DiCacheWarning, match="a part of the batch") as caught:
+        outputs(model, video(family, 2))
+    assert len([each for each in caught if each.category is DiCacheWarning]) == 1
+    for args, output in seen:
+        wanted = blocks(family, plain)[2](*args)
+        first = output if isinstance(output, Tensor) else output[0]
+        torch.testing.assert_close(first, wanted if isinstance(wanted, Tensor) else wanted[0])
+
+
+def _row(value: Any, row: int) -> Any:
+    return value[row : row + 1] if isinstance(value, Tensor) and value.shape[0] == 2 else value
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_that_runs_some_samples_goes_on(family):
+    """With a schedule a sample, blocks that run for a part of the batch do so in full."""
+    model = build(family)
+    rules = DiCacheConfig(
+        threshold=0.05, granularity="sample", num_inference_steps=8, retention_ratio=0.0
+    )
+    apply_dicache(model, rules)
+    apply_sparse_videogen(model, changed(dense_steps=0.0, num_inference_steps=8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert all(output.isfinite().all() for output in outputs(model, video(family, 8)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_removal_leaves_no_trace(family):
+    model, plain = build(family), build(family)
+    before = traces(model)
+    apply_sparse_videogen(model, SPARSE)
+    assert traces(model) != before
+    outputs(model, video(family))
+    assert phase.current(model) == "sparse"
+    remove_sparse_videogen(model)
+    assert traces(model) == before
+    assert phase.current(model) is None
+    steps = video(family)
+    for output, wanted in zip(outputs(model, steps), outputs(plain, steps), strict=True):
+        assert torch.equal(output, wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_the_cache_in_every_order(family):
+    """Both give one result whichever came first, and each may go first."""
+    put_on: dict[str, Callable[[nn.Module], None]] = {
+        "cache": lambda model: apply_dicache(model, CACHE),
+        "sparse": lambda model: apply_sparse_videogen(model, SPARSE),
+    }
+    take_off = {"cache": remove_dicache, "sparse": remove_sparse_videogen}
+    steps, results = video(family), []
+    alone = {}
+    for name in put_on:
+        model = build(family)
+        put_on[name](model)
+        alone[name] = outputs(model, steps)
+    for first, second in permutations(put_on):
+        for goes, stays in permutations(put_on):
+            model = build(family)
+            before = traces(model)
+            put_on[first](model)
+            put_on[second](model)
+            results.append(outputs(model, steps))
+            records = next(iter(get_stats(model).contexts.values()))
+            assert [each.action[:3] for each in records] == ["com", "com", "reu", "com", "reu"]
+            take_off[goes](model)
+            for output, wanted in zip(outputs(model, steps), alone[stays], strict=True):
+                assert torch.equal(output, wanted)
+            take_off[stays](model)
+            assert traces(model) == before
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+    assert not torch.equal(results[0][-2], alone["cache"][-2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_phase_is_announced_before_the_blocks_run(family):
+    model, seen = build(family), []
+    apply_sparse_videogen(model, SPARSE)
+    block = blocks(family, model)[0]
+    block.register_forward_pre_hook(lambda *_: seen.append(phase.current(model)))
+    outputs(model, video(family))
+    assert seen == ["dense", "dense", "sparse", "sparse", "sparse"]
+
+
+def test_phases_end_with_their_module():
+    gc.collect()  # of other tests' models
+    module, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    assert phase.current(module) is None
+    phase.announce(module, "dense")
+    phase.announce(module, "sparse")
+    assert (phase.current(module), phase.current(other)) == ("sparse", None)
+    phase.forget(module)
+    phase.forget(module)
+    assert phase.current(module) is None
+    phase.announce(module, "dense")
+    known = len(phase._PHASES)
+    del module
+    assert len(phase._PHASES) == known - 1
+
+
+def test_applying_twice_is_refused_and_removing_nothing_warns():
+    model = build("wan")
+    apply_sparse_videogen(model, SPARSE)
+    with pytest.raises(ValueError, match="has Sparse VideoGen already.*remove_sparse_videogen"):
+        apply_sparse_videogen(pipeline("wan", transformer=model))
+    remove_sparse_videogen(model)
+    with pytest.warns(DiCacheWarning, match="no Sparse VideoGen on this WanTransformer3DModel"):
+        remove_sparse_videogen(model)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing():
+    with pytest.raises(ValueError, match="FluxTransformer2DModel.*HunyuanVideoTransformer3DModel"):
+        apply_sparse_videogen(build("flux"))
+    model = build("wan")
+    before = traces(model)
+    with pytest.raises(TypeError, match="DiCacheConfig. Expected a SparseVideoGenConfig"):
+        apply_sparse_videogen(model, DiCacheConfig())
+    with pytest.raises(ValueError, match="dense_layers is 4 and .* has 4 blocks"):
+        apply_sparse_videogen(model, changed(dense_layers=4))
+    assert traces(model) == before
+
+    class Other:
+        def __call__(self, *_: Any) -> None: ...
+
+    model.blocks[2].attn1.set_processor(Other())
+    before = traces(model)
+    with pytest.raises(ValueError, match="processor Other. Expected WanAttnProcessor"):
+        apply_sparse_videogen(model, SPARSE)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("density", 0, "above 0 and up to 1"),
+        ("density", 1.5, "above 0 and up to 1"),
+        ("density", True, "above 0"),
+        ("density", float("nan"), "above 0"),
+        ("dense_steps", -0.1, "from 0 to 1"),
+        ("dense_steps", "0.1", "from 0 to 1"),
+        ("dense_layers", -1, "integer >= 0"),
+        ("dense_layers", 1.0, "integer >= 0"),
+        ("profiling_rows", 0, "integer >= 1"),
+        ("block_size", 8, "multiple of 16"),
+        ("block_size", 100, "multiple of 16"),
+        ("num_inference_steps", 0, "integer >= 1"),
+    ],
+)
+def test_bad_configurations_are_refused(field, value, expected):
+    with pytest.raises(ValueError, match=f"{field} is .*Expected .*{expected}"):
+        SparseVideoGenConfig(**{field: value})
+
+
+def test_a_copy_is_refused_until_it_is_removed():
+    model = build("wan")
+    apply_sparse_videogen(model, SPARSE)
+    for copies in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="remove_sparse_videogen"):
+            copies(model)
+    remove_sparse_videogen(model)
+    copy.deepcopy(model)
+
+
+def test_the_attention_backend_of_the_model_is_set_where_attention_is_full():
+    model = build("wan")
+    apply_sparse_videogen(model, SPARSE)
+    model.set_attention_backend("_native_math")
+    remove_sparse_videogen(model)
+    assert {str(b.attn1.processor._attention_backend.value) for b in model.blocks} == {
+        "_native_math"
+    }
+
+
+PIPELINES = {"wan": ("cond", "uncond"), "hunyuan-video": ("cond",)}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_from_end_to_end(name):
+    """It tells the number of steps; its end frees what a run held, and the next run is the same."""
+    pipe, plain = pipeline(name), pipeline(name)
+    options = {"num_frames": 17, "height": 32, "width": 32}
+    apply_sparse_videogen(pipe, changed(num_inference_steps=None))
+    phases: list[str | None] = []
+    first = blocks(name, pipe.transformer)[0]
+    first.register_forward_pre_hook(lambda *_: phases.append(phase.current(pipe.transformer)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiCacheWarning)
+        latents = run(name, pipe, STEPS, **options)
+    branches = len(PIPELINES[name])
+    assert phases == ["dense"] * 2 * branches + ["sparse"] * 3 * branches
+    wanted = run(name, plain, STEPS, **options)
+    assert not torch.equal(latents, wanted)
+    assert (latents - wanted).norm() < 0.5 * wanted.norm()
+    part = pipe.transformer._diffusers_hook.get_hook("sparse_videogen").part
+    assert part._plans == [] and all(each.plan is None for each in part.processors)
+    assert torch.equal(run(name, pipe, STEPS, **options), latents)
+    remove_sparse_videogen(pipe)
+    assert torch.equal(run(name, pipe, STEPS, **options), wanted)
+
+
+def test_a_plan_is_made_once_a_run_and_prompt():
+    pipe, made = pipeline("hunyuan-video"), []
+    make = attention.Plan.make
+
+    def count(*args: Any) -> Any:
+        made.append(args)
+        return make(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks.Plan, "make", staticmethod(count))
+        apply_sparse_videogen(pipe, changed(num_inference_steps=None))
+        run("hunyuan-video", pipe, STEPS, num_frames=17, height=32, width=32)
+    assert len(made) == 1
+
+
+def test_it_survives_what_offloading_does_to_forward():
+    """accelerate puts another `forward` on the model, and takes it off and on between calls."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model, plain = build("wan"), build("wan")
+    for each in (model, plain):
+        apply_sparse_videogen(each, SPARSE)
+    add_hook_to_module(model, ModelHook())
+    steps = video("wan")
+    for inputs in steps:
+        assert torch.equal(model(**inputs)[0], plain(**inputs)[0])
+        remove_hook_from_module(model)
+        add_hook_to_module(model, ModelHook())
+    assert phase.current(model) == "sparse"
+    remove_sparse_videogen(model)
+    wanted = build("wan")
+    assert torch.equal(model(**steps[-1])[0], wanted(**steps[-1])[0])
+
+
+def test_importing_the_package_imports_neither_diffusers_nor_triton():
+    code = (
+        "import sys, dicache; from dicache import apply_sparse_videogen, SparseVideoGenConfig; "
+        "SparseVideoGenConfig(); assert not {'diffusers', 'triton'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
