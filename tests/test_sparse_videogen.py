@@ -485,6 +485,47 @@ def test_a_pipeline_from_end_to_end(name):
     assert torch.equal(run(name, pipe, STEPS, **options), wanted)
 
 
+def test_the_second_expert_of_wan_2_2_goes_on_where_the_first_one_stopped():
+    """Of ten steps the first two are dense, wherever the first expert stops."""
+    options = {"num_frames": 17, "height": 32, "width": 32}
+    pipe = pipeline("wan", transformer_2=build("wan", seed=1), boundary_ratio=0.5)
+    apply_sparse_videogen(pipe, changed(num_inference_steps=None, dense_steps=0.2))
+    phases: dict[str, list[str | None]] = {"transformer": [], "transformer_2": []}
+    for name, seen in phases.items():
+        expert = getattr(pipe, name)
+        expert.blocks[0].register_forward_pre_hook(
+            lambda *_, expert=expert, seen=seen: seen.append(phase.current(expert))
+        )
+    run("wan", pipe, 10, **options)
+    assert set(phases["transformer_2"]) == {"sparse"}
+    assert phases["transformer"][:5] == [*["dense"] * 4, "sparse"]
+
+
+def test_a_call_that_raised_leaves_nothing_behind():
+    model, fresh = build("wan"), build("wan")
+    for each in (model, fresh):
+        apply_sparse_videogen(each, SPARSE)
+    steps = video("wan")
+    outputs(model, steps[:4])
+    with pytest.raises(RuntimeError):
+        model(**{**steps[4], "encoder_hidden_states": torch.zeros(2, 5, 3)})
+    part = model._diffusers_hook.get_hook("sparse_videogen").part
+    assert part._plans == [] and all(each.plan is None for each in part.processors)
+    for inputs in [steps[4], *steps[:4]]:  # step 4 is now the first one of a run
+        assert torch.equal(model(**inputs)[0], fresh(**inputs)[0])
+    with pytest.raises(TypeError, match="hidden_states"):
+        model(timestep=steps[0]["timestep"])
+
+
+def test_inference_mode_is_no_other_mode():
+    model = build("hunyuan-video")
+    apply_sparse_videogen(model, SPARSE)
+    wanted = outputs(model, video("hunyuan-video", lengths=(4, 5)))
+    with torch.inference_mode():
+        given = outputs(model, video("hunyuan-video", lengths=(4, 5)))
+    assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
+
+
 def test_a_plan_is_made_once_a_run_and_prompt():
     pipe, made = pipeline("hunyuan-video"), []
     make = attention.Plan.make

@@ -65,11 +65,16 @@ class CallTracker:
         session: The transformer's session.
         pipeline: The pipeline that the cache was applied to, if any. It is referenced weakly; its
             scheduler is kept, because a pipeline made by `from_pipe` shares it.
+
+    Attributes:
+        position: The last call's place in the whole run, from 0; `None` where nobody tells. Of
+            Wan 2.2's second expert it counts the first one's steps, which `Step.index` does not.
     """
 
     def __init__(self, session: DiCacheSession, pipeline: DiffusionPipeline | None) -> None:
         self.session = session
         self.context = ContextReader()
+        self.position: int | None = None
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._scheduler = getattr(pipeline, "scheduler", None)
         self._branches: dict[str, weakref.ref[Any]] = {}
@@ -89,8 +94,10 @@ class CallTracker:
         session, context = self.session, self.context.current
         num_steps, is_last, index = self._position(given, context)
         timestep, first = as_number(given) if index is None else self._known_timesteps[index], None
+        self.position = None if context is None else context.step_index
         if index is not None:  # Wan 2.2's second expert begins in the middle of the run
-            first = self._known_timesteps[self._begin_of_run()]
+            begin = self._begin_of_run()
+            first, self.position = self._known_timesteps[begin], index - begin
         text = text if isinstance(text, Tensor) else _first_tensor(text)
         if context is not None:
             self._notice_other_request(context.name, timestep, text)

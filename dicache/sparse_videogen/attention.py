@@ -50,9 +50,9 @@ class Plan:
     block_size: int
     misfit: bool = False
 
+    @staticmethod
     @torch.no_grad()
     @torch.inference_mode(False)  # so that compiled code meets the same kind of tensor everywhere
-    @staticmethod
     def make(
         sink_frames: int,
         grid: tuple[int, int, int],

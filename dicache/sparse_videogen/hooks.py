@@ -155,7 +155,7 @@ class _SparseTransformer:
             attention.set_processor(processor)
         self._handles = (
             self.transformer.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.transformer.register_forward_hook(self._after),
+            self.transformer.register_forward_hook(self._after, always_call=True),
         )
 
     def detach(self) -> None:
@@ -201,15 +201,21 @@ class _SparseTransformer:
             for name, place in self._places.items()
             if name in kwargs or place < len(args)
         }
+        if given.get("hidden_states") is None:
+            return  # the model says what is missing
         step = self.calls.open_step(given.get("timestep"), given.get("encoder_hidden_states"))
         step.close()
+        # A second expert goes on where the first one stopped; its own steps begin at 0.
+        index = max(step.index, self.calls.position or 0)
         call = self._read(given)
-        plan = self._plan(call) if self._is_sparse(step.index, call) else None
-        self._hand_out(plan, None if plan is None else self._rows(call, step.index))
+        plan = self._plan(call) if self._is_sparse(index, call) else None
+        self._hand_out(plan, None if plan is None else self._rows(call, index))
         phase.announce(module, "dense" if plan is None else "sparse")
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if output is None:  # the call raised: an aborted run leaves nothing behind
+            self.reset()
         plan = self.processors[-1].plan
         if plan is not None and plan.misfit:
             plan.misfit = False
