@@ -137,9 +137,9 @@ def test_the_whole_transformer_compiled(family, how, order):
         if sparse and order == "before":
             apply_sparse_videogen(model, SPARSE)
         if how == "model.compile":
-            model.compile(backend=counter)
+            model.compile(backend=counter, fullgraph=True)
         else:
-            called = torch.compile(model, backend=counter)
+            called = torch.compile(model, backend=counter, fullgraph=True)
         if sparse and order == "after":
             apply_sparse_videogen(model, SPARSE)
         graphs, outputs = run_all(called, family, counter)

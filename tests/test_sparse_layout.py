@@ -60,12 +60,26 @@ def test_there_and_back_is_where_it_was():
         assert torch.equal(layout.permute_tokens(moved, temporal, positions), x)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ["permute_qkv", "permute_tokens"])
-def test_opcheck(name):
+def test_opcheck(name, device):
     tensors, temporal = draw(length=30)
     given = tensors if name == "permute_qkv" else tensors[:1]
     operator = getattr(torch.ops.dicache, name).default
-    torch.library.opcheck(operator, (*given, temporal, tables(30)[0]))
+    arguments = (*given, temporal, tables(30)[0])
+    torch.library.opcheck(operator, tuple(each.to(device) for each in arguments))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("width", [12, 128])
+def test_a_gpu_gives_the_references_bits(dtype, width):
+    tensors, temporal = draw(length=5000, heads=5, width=width, dtype=dtype)
+    moved = [each.cuda() for each in (*tensors, temporal)]
+    for order in tables(5000):
+        wanted = layout.reference_permute_qkv(*tensors, temporal, order)
+        given = layout.permute_qkv(*moved, order.cuda())
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(given, wanted, strict=True))
 
 
 @pytest.mark.parametrize(

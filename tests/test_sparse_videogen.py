@@ -158,7 +158,7 @@ def test_leading_steps_and_layers_are_dense_bit_by_bit(family):
 def test_defaults_are_the_familys(family, density, dense_steps):
     model = build(family)
     apply_sparse_videogen(model)
-    config = model._diffusers_hook.get_hook("sparse_videogen").part.config
+    config = part_of(model).config
     assert (config.density, config.dense_steps) == (density, dense_steps)
     assert (config.dense_layers, config.profiling_rows, config.block_size) == (1, 64, 128)
 
@@ -261,6 +261,31 @@ def test_gradients_are_recorded_through_full_attention():
     with torch.enable_grad(), pytest.warns(DiCacheWarning, match="no_grad"):
         model(**video("wan", 1)[0])[0].sum().backward()
     assert model.blocks[1].attn1.to_q.weight.grad.abs().sum() > 0
+
+
+def part_of(model: nn.Module) -> Any:
+    return model._diffusers_hook.get_hook("sparse_videogen").part  # type: ignore[union-attr]
+
+
+def test_a_sequence_that_is_split_over_devices_is_dense_with_a_warning():
+    model = build("wan")
+    apply_sparse_videogen(model, changed(dense_steps=0.0))
+    part = part_of(model)
+    call = part._read({"hidden_states": torch.zeros(1, 4, 5, 8, 8)})
+    assert part._is_sparse(0, call)
+    for block in model.blocks:  # as enable_parallelism does
+        block.attn1.processor._parallel_config = object()
+    with pytest.warns(DiCacheWarning, match="split over several devices"):
+        assert not part._is_sparse(0, call)
+
+
+def test_small_blocks_are_refused_anywhere_but_on_the_cpu():
+    model = build("wan")
+    apply_sparse_videogen(model, SPARSE)
+    part = part_of(model)
+    call = part._read({"hidden_states": torch.zeros(1, 4, 5, 8, 8, device="meta")})
+    with pytest.raises(ValueError, match="block_size is 16 on meta. Expected a multiple of 128"):
+        part._plan(call)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -478,7 +503,7 @@ def test_a_pipeline_from_end_to_end(name):
     wanted = run(name, plain, STEPS, **options)
     assert not torch.equal(latents, wanted)
     assert (latents - wanted).norm() < 0.5 * wanted.norm()
-    part = pipe.transformer._diffusers_hook.get_hook("sparse_videogen").part
+    part = part_of(pipe.transformer)
     assert part._plans == [] and all(each.plan is None for each in part.processors)
     assert torch.equal(run(name, pipe, STEPS, **options), latents)
     remove_sparse_videogen(pipe)
@@ -509,7 +534,7 @@ def test_a_call_that_raised_leaves_nothing_behind():
     outputs(model, steps[:4])
     with pytest.raises(RuntimeError):
         model(**{**steps[4], "encoder_hidden_states": torch.zeros(2, 5, 3)})
-    part = model._diffusers_hook.get_hook("sparse_videogen").part
+    part = part_of(model)
     assert part._plans == [] and all(each.plan is None for each in part.processors)
     for inputs in [steps[4], *steps[:4]]:  # step 4 is now the first one of a run
         assert torch.equal(model(**inputs)[0], fresh(**inputs)[0])
@@ -545,19 +570,27 @@ def test_it_survives_what_offloading_does_to_forward():
     """accelerate puts another `forward` on the model, and takes it off and on between calls."""
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
+    woken: list[None] = []
+
+    class Offload(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            woken.append(None)
+            return args, kwargs
+
     model, plain = build("wan"), build("wan")
     for each in (model, plain):
         apply_sparse_videogen(each, SPARSE)
-    add_hook_to_module(model, ModelHook())
+    add_hook_to_module(model, Offload())
     steps = video("wan")
     for inputs in steps:
         assert torch.equal(model(**inputs)[0], plain(**inputs)[0])
         remove_hook_from_module(model)
-        add_hook_to_module(model, ModelHook())
+        add_hook_to_module(model, Offload())
     assert phase.current(model) == "sparse"
     remove_sparse_videogen(model)
     wanted = build("wan")
     assert torch.equal(model(**steps[-1])[0], wanted(**steps[-1])[0])
+    assert len(woken) == len(steps) + 1  # the removal left offloading on
 
 
 def test_importing_the_package_imports_neither_diffusers_nor_triton():
