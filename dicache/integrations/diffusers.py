@@ -75,7 +75,7 @@ def is_pipeline(model: Any) -> bool:
     return isinstance(model, DiffusionPipeline)
 
 
-def _components(model: Any) -> dict[str, Any]:
+def components_of(model: Any) -> dict[str, Any]:
     """A pipeline's components by name, or the given model as "transformer"."""
     parts = model.components if is_pipeline(model) else {"transformer": model}
     found: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def _components(model: Any) -> dict[str, Any]:
 
 def _transformers(model: Any) -> dict[str, nn.Module]:
     """The supported transformers among a model's components."""
-    parts = _components(model)
+    parts = components_of(model)
     found = {name: part for name, part in parts.items() if find_family(part) is not None}
     if not found:
         given = {n: p for n, p in parts.items() if n.startswith("transformer")} or parts
@@ -103,7 +103,7 @@ def _transformers(model: Any) -> dict[str, nn.Module]:
 
 def _root_hooks(model: Any) -> dict[str, _RootHook]:
     """Our hooks on a model's components, whether or not their family is still registered."""
-    found = {name: _root_hook(part) for name, part in _components(model).items()}
+    found = {name: _root_hook(part) for name, part in components_of(model).items()}
     return {name: hook for name, hook in found.items() if hook is not None}
 
 

@@ -15,7 +15,8 @@ class SparseVideoGenConfig:
             value: 0.25 for HunyuanVideo, 0.30 for Wan.
         dense_steps: Share R of a run's N steps that keep full attention at the start, 0 to 1: the
             first floor(R N + 1/2). `None` takes the family's value: 0.10 and 0.20.
-        dense_layers: Number of leading blocks that keep full attention in every step, >= 0.
+        dense_layers: Number of leading blocks that keep full attention in every step, >= 0. On a
+            model with a cache, the blocks of its probe do in any case.
         profiling_rows: Number of query tokens that tell a head's kind in every sparse layer and
             step, >= 1; at most all tokens of the video.
         block_size: Tokens of the square blocks that attention is computed or skipped in: a

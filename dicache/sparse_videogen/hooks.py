@@ -25,7 +25,7 @@ from .. import phase
 from ..config import DiCacheConfig
 from ..integrations import find_family
 from ..integrations.calls import CallTracker
-from ..integrations.diffusers import _components, is_pipeline
+from ..integrations.diffusers import components_of, is_pipeline
 from ..session import DiCacheSession, DiCacheWarning
 from .attention import Plan
 from .config import SparseVideoGenConfig
@@ -50,7 +50,7 @@ def apply(model: Any, config: SparseVideoGenConfig | None = None) -> None:
 
 def remove(model: Any) -> None:
     """See `dicache.remove_sparse_videogen`."""
-    found = [hook for hook in map(_root_hook, _components(model).values()) if hook is not None]
+    found = [hook for hook in map(_root_hook, components_of(model).values()) if hook is not None]
     if not found:
         warnings.warn(
             f"There is no Sparse VideoGen on this {type(model).__name__}, so nothing was removed.",
@@ -62,7 +62,7 @@ def remove(model: Any) -> None:
 
 
 def _transformers(model: Any) -> list[nn.Module]:
-    parts = _components(model)
+    parts = components_of(model)
     found = [part for part in parts.values() if find_sparse_family(part) is not None]
     if not found:
         given = [part for name, part in parts.items() if name.startswith("transformer")]
@@ -137,7 +137,6 @@ class _SparseTransformer:
         # The leading layers get a processor, too: compiled code would tell another kind apart.
         self.attentions = layers
         self.processors = [family.sparse_processor(each.processor) for each in layers]
-        self.sparse_layers = range(config.dense_layers, len(layers))
         self.session = DiCacheSession(_counting(config.num_inference_steps))
         self.calls = CallTracker(self.session, pipeline)
         parameters = inspect.signature(type(transformer).forward).parameters
@@ -226,10 +225,18 @@ class _SparseTransformer:
             )
         self._hand_out(None, None)
 
+    def _sparse_layers(self) -> range:
+        """All but the leading ones and those of a cache's probe, whose gate sees no difference."""
+        cache = getattr(self.transformer, "_cache_config", None)
+        probe_depth = cache.probe_depth if isinstance(cache, DiCacheConfig) else 0
+        return range(max(self.config.dense_layers, probe_depth), len(self.processors))
+
     def _hand_out(self, plan: Plan | None, rows: Tensor | None) -> None:
-        for index, layer in enumerate(self.sparse_layers):
-            self.processors[layer].plan = plan
-            self.processors[layer].rows = None if rows is None else rows[index]
+        layers = self._sparse_layers()
+        for layer, processor in enumerate(self.processors):
+            is_sparse = layer in layers
+            processor.plan = plan if is_sparse else None
+            processor.rows = rows[layer - layers.start] if is_sparse and rows is not None else None
 
     def _read(self, given: dict[str, Any]) -> _Call:
         hidden_states, name = given["hidden_states"], self.family.text_mask
@@ -312,7 +319,7 @@ class _SparseTransformer:
         tokens, device = math.prod(call.grid), call.hidden_states.device
         count = min(self.config.profiling_rows, tokens)
         with torch.inference_mode(False):
-            rows = draw_rows(count, tokens, index, self.sparse_layers, self._generator)
+            rows = draw_rows(count, tokens, index, self._sparse_layers(), self._generator)
             if device.type == "cuda":
                 rows = rows.pin_memory()
             return rows.to(device, non_blocking=True)
