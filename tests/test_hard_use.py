@@ -511,6 +511,7 @@ def dynamic_int8(model: nn.Module) -> None:
 
 
 def torchao_int8(model: nn.Module) -> None:
+    # Not among what the tests install: its wheel prints errors on every import of diffusers.
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
 
