@@ -28,13 +28,13 @@ _HOST_ACTIVITIES = {"Context Sync", "Stream Sync", "Event Sync", "Stream Wait Ev
 Interval = tuple[float, float]
 
 
-def make_mask(steps: int, share: float = 0.6) -> str:
+def make_mask(steps: int, share: float = 0.6, head: int | None = None) -> str:
     """A mask that skips this share of the steps.
 
-    The first tenth, two at least, and the last step are computed; the skipped ones are spread
-    evenly over what is between.
+    The first `head` steps and the last one are computed; the skipped ones are spread evenly over
+    what is between. A `head` of `None` is the first tenth, two at least.
     """
-    head = max(2, steps // 10)
+    head = max(2, steps // 10) if head is None else head
     middle = steps - head - 1
     skipped = min(round(share * steps), middle)
     marks = [(index + 1) * skipped // middle - index * skipped // middle for index in range(middle)]

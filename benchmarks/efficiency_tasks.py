@@ -237,20 +237,23 @@ def make_bench(name: str, device: torch.device) -> Bench:
     return Bench(TINY[name], device, torch.float32)
 
 
-def guarded(case: str, device: torch.device, measure: Callable[[], Any]) -> None:
-    """Measure; an error becomes a finding.
+def guarded(case: str, device: torch.device, measure: Callable[[], Any]) -> bool:
+    """Measure; an error becomes a finding, and the answer `False`.
 
     Raises:
         RuntimeError: The error broke the device for this process, which then has to end.
     """
+    passed = True
     try:
         measure()
     except Exception as error:  # one broken case must not hide the others
+        passed = False
         emit({"kind": "error", "case": case, "error": f"{type(error).__name__}: {error}"[:2000]})
     gc.collect()
     timing.synchronize(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    return passed
 
 
 def _version(package: str) -> str:
@@ -309,18 +312,9 @@ def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 def _device_ms(call: Callable[[], Any]) -> float:
-    """Median between events around single calls that queue up behind each other."""
-    for _ in range(3):
-        call()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(_GRAPH_CALLS + 1)]
-    torch.cuda.synchronize()
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
-    return statistics.median(times[_GRAPH_CALLS // 4 :])
+    """Median of single calls that queue up behind each other, the first ones left out."""
+    times = timing.call_seconds(call, torch.device("cuda"), 3 + _GRAPH_CALLS)
+    return statistics.median(times[3 + _GRAPH_CALLS // 4 :]) * 1e3
 
 
 def _host_ms(call: Callable[[], Any]) -> float:

@@ -98,6 +98,42 @@ def settle(samples: Sequence[float], device: torch.device) -> float:
     return statistics.median(samples) if device.type == "cuda" else min(samples)
 
 
+def call_seconds(call: Call, device: torch.device, count: int) -> list[float]:
+    """Each of `count` calls that queue up behind one another: for calls of milliseconds and more.
+
+    Between events on a GPU, by the clock on a CPU. Whoever calls warms up.
+    """
+    synchronize(device)
+    marks = [_mark(device)]
+    for _ in range(count):
+        call()
+        marks.append(_mark(device))
+    synchronize(device)
+    if device.type == "cuda":
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+    return [b - a for a, b in itertools.pairwise(marks)]
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Most memory that a call allocates at once, above what was there; `None` on a CPU."""
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def host_seconds(calls: Sequence[Call], device: torch.device) -> float:
     """Time until a call on a GPU returns to Python, its work still ahead; median of ten loops."""
     launches = count_launches(calls[0], device)
