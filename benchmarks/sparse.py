@@ -1,0 +1,85 @@
+"""How fast is Sparse VideoGen, alone and with DiCache? HunyuanVideo at 720p, random weights.
+
+    python benchmarks/sparse.py --out DIR                   a machine with a GPU, under 9 minutes
+    python benchmarks/sparse.py --out DIR --device cpu      the same code at a tiny size, a minute
+
+Attention alone, one block of each kind, and the steps of the whole model that 50 of {dense, sparse,
+DiCache, both} are put together from. Needs torch and diffusers; no network, no weights. The
+extensions are used as they are: build them first (`python setup.py build_ext --inplace`). Every
+stage is a process with a time limit, and what is there when time runs out is in the report:
+sparse.md, .json and .log. The exit code is 0 if no stage failed; a missed goal is a finding, not a
+failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import sparse_report
+from efficiency import imports
+from stages import Outcome, Stage, exit_code, has_gpu, run_stages
+
+FOLDER = Path(__file__).resolve().parent
+BUDGET_SECONDS = 530.0
+
+
+def plan(device: str, environment: dict[str, str]) -> list[Stage]:
+    """All stages in order; the blocks are last, because no goal is about them."""
+
+    def stage(name: str, limit_s: float, reserve_s: float = 0.0) -> Stage:
+        command = [sys.executable, str(FOLDER / "sparse_tasks.py"), *name.split()]
+        command += ["--device", device]
+        return Stage(name, command, limit_s, reserve_s, environment)
+
+    facts = [sys.executable, str(FOLDER / "gpu_tasks.py"), "environment"]
+    found = [Stage("environment", facts, 60, environment=environment)]
+    if device == "cpu":  # in one process: most of their time is that of imports
+        return [*found, stage("attention stack blocks", 300)]
+    return [*found, stage("attention", 130), stage("stack", 320, 240), stage("blocks", 200, 70)]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds in all")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not has_gpu():
+        parser.error(
+            "torch sees no CUDA device. Run this on a machine with an NVIDIA GPU and a CUDA build "
+            "of torch, or with --device cpu for the same code at a tiny size."
+        )
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all stages and write the report."""
+    args = parse(arguments)
+    out: Path = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    given = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python benchmarks/sparse.py", *given])
+    tiny = args.device == "cpu"
+
+    def report(outcomes: list[Outcome]) -> None:
+        last = outcomes[-1]
+        print(f"{last.name}: {last.status}, {last.seconds:.0f} s", flush=True)
+        sparse_report.write(outcomes, out, command, tiny)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = imports(Path(scratch))
+        if tiny:
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # also where a GPU is
+        stages = plan(args.device, environment)
+        outcomes = run_stages(stages, args.budget, FOLDER.parent, report)
+    print((out / "sparse.md").read_text())
+    return exit_code(outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
