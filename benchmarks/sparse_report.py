@@ -406,6 +406,7 @@ def _blocks(findings: Findings) -> str:
         ("block", _text("block")),
         ("mode", _text("mode")),
         ("attention", _text("attention")),
+        ("density", _number("density")),
         *_TIMES,
         _PEAK,
     )

@@ -342,7 +342,9 @@ class Blocks(Task):
         finite = all(bool(each.isfinite().all()) for each in outputs)
         _require(finite, "the block's output is not finite")
         del outputs
-        self.emit("block", block=name, mode=mode, attention=kind, **measure(call, self.device))
+        density = sparse_family(self.transformer).density if kind == "sparse" else 1.0
+        facts = {"block": name, "mode": mode, "attention": kind, "density": density}
+        self.emit("block", **facts, **measure(call, self.device))
 
 
 # --- Steps of the whole model --------------------------------------------------------------------

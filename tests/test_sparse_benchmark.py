@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from dicache.sparse_videogen import attention
+from dicache.sparse_videogen import attention, processors
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 DENSITIES = {0.2, 0.25, 0.3}
@@ -98,7 +98,8 @@ def test_every_block_is_dense_and_sparse_eager_and_compiled(dry_run) -> None:
         for mode in ("eager", "compiled")
         for kind in ("dense", "sparse")
     } | {(block, "eager", "dense, masked") for block in blocks}
-    for (block, mode, _), row in rows.items():
+    for (block, mode, kind), row in rows.items():
+        assert row["density"] == (0.25 if kind == "sparse" else 1.0)
         dense = rows[block, mode, "dense"]["median_ms"]
         assert row["over_dense"] == pytest.approx(dense / row["median_ms"])
 
@@ -412,6 +413,32 @@ def test_a_step_that_fell_back_to_full_attention_has_no_time(
     assert set(errors) == {"steps, both", "steps, sparse"}
     assert "step 0 should have 4 sparse layers, and had 0" in errors["steps, both"]
     assert {row["run"] for row in found if row["kind"] == "steps"} == {"dense", "DiCache"}
+
+
+def test_a_blocks_dense_call_is_dense_and_its_sparse_call_sparse(scripts, monkeypatch) -> None:
+    """On the tensors of a step of the model, through Sparse VideoGen's own processors."""
+    monkeypatch.setattr(attention, "COMPILED", False)
+    tokens: list[int] = []
+    compute = processors.sparse_attention
+
+    def note(q: torch.Tensor, *given: Any) -> torch.Tensor:
+        tokens.append(q.shape[1])
+        return compute(q, *given)
+
+    size = scripts.models.TINY
+    calls = scripts.tasks.Blocks(size, torch.device("cpu"))._capture()
+    assert [type(call.block).__name__ for call in calls.values()] == [
+        "HunyuanVideoTransformerBlock",
+        "HunyuanVideoSingleTransformerBlock",
+    ]
+    monkeypatch.setattr(processors, "sparse_attention", note)
+    for call in calls.values():
+        dense, _ = call.bind(False)()
+        assert tokens == []
+        sparse, _ = call.bind(True)()
+        assert tokens == [size.video + size.text]
+        assert not torch.allclose(dense, sparse, atol=1e-4)
+        tokens.clear()
 
 
 def test_dense_attention_is_flash_without_a_mask(scripts, monkeypatch) -> None:
