@@ -20,6 +20,8 @@ from .config import DiCacheConfig
 from .trajectory import Trajectory
 
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+_FP16_MAX = torch.finfo(torch.float16).max
+_SMALLEST = torch.finfo(torch.float32).tiny  # a scale below it may round to 0
 
 
 def make_trajectory(config: DiCacheConfig, x: Tensor, p: Tensor) -> Trajectory:
@@ -34,15 +36,21 @@ class PackedBuffer:
     max|token| / 448 in fp32; a token of zeros has scale 1. Other dtypes round each element.
 
     Args:
-        buffer: Empty afterwards; its views stay valid, and are filled and emptied with it.
+        buffer: Its views stay valid, and are filled and emptied with it.
         dtype: Of the packed elements; `None` keeps the buffer's.
         device: Where they are kept; `None` keeps them where the buffer is.
         dim: The dimension of a token's elements, counted from the last one.
+        is_full: Whether the buffer stays as it is for now; else it is emptied.
     """
 
     @torch.inference_mode(False)
     def __init__(
-        self, buffer: Tensor, dtype: torch.dtype | None, device: str | None, dim: int = -1
+        self,
+        buffer: Tensor,
+        dtype: torch.dtype | None,
+        device: str | None,
+        dim: int = -1,
+        is_full: bool = False,
     ) -> None:
         self._buffer, self._dim = buffer, dim
         self._num_bytes = buffer.untyped_storage().nbytes()
@@ -55,8 +63,11 @@ class PackedBuffer:
         if kind == torch.float8_e4m3fn:
             self._scale = torch.ones(tokens, dtype=torch.float32, device=where, pin_memory=pinned)
         self._stream = torch.cuda.Stream(buffer.device) if pinned else None
-        self._is_full = True
-        self.empty()
+        # Noted before a buffer loses its memory, and after it got it: an interrupt in between must
+        # not leave one that is taken for full.
+        self.is_full = True
+        if not is_full:
+            self.empty()
 
     @property
     def num_bytes(self) -> int:
@@ -71,13 +82,13 @@ class PackedBuffer:
 
     def make_room(self) -> None:
         """Give the buffer its memory, with anything in it."""
-        if not self._is_full:
+        if not self.is_full:
             self._buffer.untyped_storage().resize_(self._num_bytes)
-            self._is_full = True
+            self.is_full = True
 
     def fetch(self) -> None:
         """Begin to fill the buffer, where that goes on beside the device's other work."""
-        if not self._is_full and self._stream is not None:
+        if not self.is_full and self._stream is not None:
             self.make_room()
             self._beside(self._unpack)
 
@@ -86,7 +97,7 @@ class PackedBuffer:
         self.fetch()
         if self._stream is not None:
             self._join()
-        elif not self._is_full:
+        elif not self.is_full:
             self.make_room()
             self._unpack()
 
@@ -107,9 +118,9 @@ class PackedBuffer:
 
     def empty(self) -> None:
         """Free the buffer's memory, as soon as the device is done with it."""
-        if self._is_full:
+        if self.is_full:
+            self.is_full = False
             self._buffer.untyped_storage().resize_(0)
-            self._is_full = False
 
     def _beside(self, work: Callable[[], None]) -> None:
         """Queue the work on the stream of its own, behind what is queued so far."""
@@ -128,9 +139,11 @@ class PackedBuffer:
     def _unpack(self) -> None:
         if self._scale is None:
             self._buffer.copy_(self._packed, non_blocking=True)
+            if self._buffer.dtype == torch.float16 and not self.is_exact:
+                self._buffer.clamp_(-_FP16_MAX, _FP16_MAX)  # bf16 rounds its largest ones up
             return
         device = self._buffer.device
-        for buffer, packed, scale in zip(self._buffer, self._packed, self._scale, strict=True):
+        for buffer, packed, scale in self._parts(self._scale):
             elements = packed.to(device, non_blocking=True).to(torch.float32)
             buffer.copy_(elements.mul_(scale.to(device, non_blocking=True)))
 
@@ -138,12 +151,19 @@ class PackedBuffer:
         if self._scale is None:
             self._packed.copy_(self._buffer, non_blocking=True)
             return
-        for buffer, packed, scale in zip(self._buffer, self._packed, self._scale, strict=True):
+        for buffer, packed, scale in self._parts(self._scale):
             largest = buffer.abs().amax(dim=self._dim, keepdim=True).to(torch.float32)
-            step = torch.where(largest > 0, largest / _FP8_MAX, 1.0)
+            step = torch.where(largest > 0, (largest / _FP8_MAX).clamp_(min=_SMALLEST), 1.0)
             elements = (buffer / step).clamp_(-_FP8_MAX, _FP8_MAX)  # NaN stays NaN
             packed.copy_(elements.to(torch.float8_e4m3fn), non_blocking=True)
             scale.copy_(step, non_blocking=True)
+
+    def _parts(self, scale: Tensor) -> list[tuple[Tensor, ...]]:
+        """Buffer, packed elements and scales, in parts: their fp32 values need memory, too."""
+        whole = (self._buffer, self._packed, scale)
+        if not self._buffer.numel():
+            return []
+        return [whole] if self._buffer.dim() == 1 else list(zip(*whole, strict=True))
 
 
 class PackedTrajectory(Trajectory):
@@ -189,10 +209,13 @@ class PackedTrajectory(Trajectory):
         self._packed_residuals.empty()
         return y
 
+    def release(self) -> None:
+        super().release()
+        if self._packs:
+            self._empty_all()
+
     def hold(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of x and p: the buffers, where they might have been parked, are empty."""
-        if self._packs:
-            self._packed_residuals.empty()
         return x.clone(), p.clone()
 
     @torch.no_grad()
@@ -207,19 +230,24 @@ class PackedTrajectory(Trajectory):
             self._fill_all()
         if self.residual_window.dtype != dtype:
             super().fit(dtype)
-            self._packed_residuals = PackedBuffer(self.residual_window, *self._how)
-            self._packed_residuals.make_room()
+            self._packed_residuals = PackedBuffer(self.residual_window, *self._how, is_full=True)
 
     def split(self) -> None:
         """See `Trajectory.split`; views are made of buffers that have their memory."""
         for packed in (*self._packed_probes, self._packed_residuals):
             packed.make_room()
         super().split()
-        for packed in (*self._packed_probes, self._packed_residuals):
-            packed.empty()
+        self._empty_all()
         for sample in self.samples:
             assert isinstance(sample, PackedTrajectory)  # a copy of this one
             sample._packs = sample._changed = False
+
+    def drop_entries(self) -> None:
+        """See `Trajectory.drop_entries`; what an error left half done is dropped with them."""
+        if self._packs:
+            self._changed = False
+            self._empty_all()
+        super().drop_entries()
 
     def end_step(self) -> None:
         super().end_step()
@@ -242,14 +270,18 @@ class PackedTrajectory(Trajectory):
         for packed in (*self._packed_probes, self._packed_residuals):
             packed.fill()
 
+    def _empty_all(self) -> None:
+        for packed in (*self._packed_probes, self._packed_residuals):
+            packed.empty()
+
     def _pack_all(self) -> None:
         """Pack and empty all buffers, and add up the entries as they are going to be read."""
         for packed in (*self._packed_probes, self._packed_residuals):
             packed.save()
         if not self._packed_probes[0].is_exact:
             self._packed_probes[0].round()
-            older, newer = self.probe_window.to(self.entry_sums.dtype).flatten(2)
-            self.entry_sums[:, 0] = (newer - older).abs().sum(dim=1)
-            self.entry_sums[:, 1] = (newer - older).square().sum(dim=1)
-        for packed in (*self._packed_probes, self._packed_residuals):
-            packed.empty()
+            older, newer = self.probe_window.to(self.entry_sums.dtype)
+            difference = (newer - older).unsqueeze(-1).flatten(1)
+            self.entry_sums[:, 0] = difference.abs().sum(dim=1)
+            self.entry_sums[:, 1] = difference.square().sum(dim=1)
+        self._empty_all()

@@ -229,9 +229,8 @@ class DiCacheSession:
         size = steps * (previous - now) / first
         return size if size > 0 else 1.0
 
-    def _restart(self, context: str) -> _Context:
+    def _restart(self, context: str, phase: str | None) -> _Context:
         """Begin a new run in the middle of a step, which becomes the new run's first."""
-        phase = self._contexts[context].phase
         self._begin_run(self.num_inference_steps)
         state = self._begin_context(context)
         state.timestep, state.phase = self._timestep, phase
@@ -277,7 +276,8 @@ class Step:
         self._promise: tuple[Tensor, Callable[[float], bool]] | None = None
         self._size = session._step_size(state)
         self._by_sample = session.config.granularity == "sample"
-        self._shares_decisions = session.config.cfg == "shared"
+        # A schedule is each context's own.
+        self._shares_decisions = session.config.cfg == "shared" and not session.config.schedule
         self.rows: list[int] | None = None
         self.pairs_branches = False
         self.needs_probe = self._is_judged(is_last) and state.has_history
@@ -370,7 +370,7 @@ class Step:
         decision = self._judge_samples(numbers) if self._by_sample else self._judge(*numbers[-1])
         reuses_any = decision.reuses_any
         if reuses_any and self._promise is not None and not self._promise[1](timestep[0]):
-            self._state = self._session._restart(self._name)
+            self._state = self._session._restart(self._name, self._state.phase)
             decision, self.needs_probe, reuses_any = _COMPUTE, False, False
         self._decision = decision
         if not reuses_any:
@@ -463,6 +463,7 @@ class Step:
             )
         self._resume()
         trajectory = self._matching_trajectory(x, p)
+        trajectory.release()
         if not self._by_sample:
             return trajectory.hold(x, p)
         rows = self.rows or range(len(trajectory.samples))
@@ -585,7 +586,7 @@ class Step:
         """The context's trajectory for tensors like these, in a new run if they changed."""
         trajectory = self._state.trajectory
         if trajectory is not None and not trajectory.matches(x, p):
-            self._state = self._session._restart(self._name)
+            self._state = self._session._restart(self._name, self._state.phase)
             self._decision, self.needs_probe, trajectory = _COMPUTE, False, None
             self.rows = self._queued = None
         if trajectory is None:

@@ -86,6 +86,10 @@ class Trajectory:
             trajectory._stored_probe = True
         return self.ops.probe_statistics(x, p, *self._statistics)[1]
 
+    def release(self) -> None:
+        """The step is going to be computed: let go of what was made ready for a reuse."""
+        self._copied_x = None
+
     def hold(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of x and p in the cache's own buffers, valid until this step is recorded.
 
@@ -103,7 +107,6 @@ class Trajectory:
             p = self.previous_probe
         else:
             p = self._probes[self._older_slot].copy_(p)
-        self._copied_x = None
         return self._view_back(x), self._view_back(p)
 
     def combine(self, x: Tensor, gamma: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from tiny_models import blocks, build, calls
 from torch import nn
 
 from dicache import DiCacheConfig, apply_dicache, get_stats
-from dicache.integrations.bypass import Bypass, passing_through
+from dicache.integrations.bypass import Bypass, twin_class
 
 ALWAYS = DiCacheConfig(threshold=math.inf, retention_ratio=0, compute_last_step=False)
 FAMILIES = ("flux", "hunyuan-video", "wan")
@@ -92,18 +92,80 @@ def test_a_model_that_took_its_blocks_before_the_decision_skips_them_all_the_sam
     assert get_stats(model).block_calls == len(ran)
 
 
+class _Cache:
+    skips = True
+
+
+class _Add(nn.Module):
+    """A block that could not run: its call shows whether it did."""
+
+    def forward(self, x: int, text: int = 0, temb: int = 0) -> tuple[str, int]:
+        return "ran", x
+
+
+def bypass_of(blocks: nn.ModuleList, *chosen: nn.Module) -> tuple[Bypass, _Cache]:
+    cache = _Cache()
+    kind = twin_class(_Add, cache, ("text", "x"), ("x", "text", "temb"))
+    assert kind is not None
+    return Bypass(blocks, {_Add: kind}, set(chosen)), cache
+
+
 def test_arguments_come_back_by_name_and_by_position() -> None:
-    both = passing_through(("text", "x"), ("x", "text", "temb"))
-    assert both(1, 2, temb=3) == both(1, temb=3, text=2) == both(text=2, x=1) == (2, 1)
-    assert passing_through(("x",), ("x",))("bare") == "bare"
+    blocks = nn.ModuleList([_Add()])
+    bypass, _ = bypass_of(blocks, blocks[0])
+    bypass.begin()
+    twin = blocks[0]
+    assert twin(1, 2, temb=3) == twin(1, temb=3, text=2) == twin(text=2, x=1) == (2, 1)
 
 
-def test_a_list_that_changed_its_length_is_left_alone() -> None:
-    first, second = nn.Identity(), nn.Identity()
+def test_a_twin_that_somebody_kept_is_the_block_when_nothing_is_skipped() -> None:
+    blocks = nn.ModuleList([_Add()])
+    bypass, cache = bypass_of(blocks, blocks[0])
+    bypass.begin()
+    kept = blocks[0]
+    cache.skips = False
+    assert kept(1) == ("ran", 1)
+
+
+def test_a_list_that_changed_is_left_alone() -> None:
+    first, second = _Add(), _Add()
     blocks = nn.ModuleList([first, second])
-    bypass = Bypass(blocks, {second: passing_through(("x",), ("x",))})
+    bypass, _ = bypass_of(blocks, second)
     del blocks[0]  # the second one is the first by name now
     bypass.begin()
     assert blocks[0] is second
     bypass.end()
     assert [*blocks] == [second]
+
+
+def test_what_is_changed_while_twins_are_there_stays_changed() -> None:
+    first, second, third, new = _Add(), _Add(), _Add(), _Add()
+    blocks = nn.ModuleList([first, second, third])
+    bypass, _ = bypass_of(blocks, first, second, third)
+    bypass.begin()
+    blocks[1] = new
+    del blocks[0]
+    bypass.end()
+    assert [*blocks] == [new, third]
+
+
+def test_ending_twice_and_beginning_over_an_unended_one_loses_nothing() -> None:
+    own = [_Add(), _Add()]
+    blocks = nn.ModuleList(own)
+    bypass, _ = bypass_of(blocks, own[0])
+    bypass.begin()
+    bypass.begin()  # an interrupt kept the first one from its end
+    bypass.end()
+    bypass.end()
+    assert [*blocks] == own
+
+
+def test_classes_that_a_subclass_could_not_stand_for_get_no_twin() -> None:
+    class Registering(nn.Module):
+        def __init_subclass__(cls, name: str) -> None: ...
+
+    class Slotted(nn.Module):
+        __slots__ = ("value",)
+
+    for kind in (Registering, Slotted):
+        assert twin_class(kind, _Cache(), ("x",), ("x",)) is None

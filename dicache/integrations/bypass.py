@@ -3,17 +3,25 @@
 Calling a module takes torch a microsecond even where nothing happens, and a model has up to a
 hundred blocks. So between the decision to reuse and the end of the call the lists hold twins. A
 twin is of its block's class and shares its attributes: whoever looks at it sees the block. Only
-calling it is another thing, and returns the arguments that the block would have changed.
+calling it is another thing, and returns the arguments that the block would have changed; a twin
+that somebody kept is the block again as soon as nothing is skipped.
+
+Twins are a shortcut. Where one cannot stand for its block, or a list is not what it was when the
+cache was applied, the blocks stay, and their own calls pass the input through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
+
+
+class Skips(Protocol):
+    """Says whether blocks are passed by now."""
+
+    skips: bool
 
 
 class Bypass:
@@ -21,57 +29,69 @@ class Bypass:
 
     Args:
         blocks: The list. Where it is no `nn.ModuleList`, nothing is ever exchanged.
-        calls: What calling a block's twin does, for every block that gets one.
+        classes: The classes of twins by those of the blocks, from `twin_class`.
+        chosen: The blocks that get a twin.
     """
 
-    def __init__(self, blocks: Any, calls: Mapping[nn.Module, Callable[..., Any]]) -> None:
-        is_list = isinstance(blocks, nn.ModuleList)
-        self._modules: dict[str, Any] = blocks._modules if is_list else {}
-        self._length = len(self._modules)
-        classes: dict[Any, type] = {}  # one a kind: what is touched in every step should be little
+    def __init__(self, blocks: Any, classes: dict[type, type], chosen: set[nn.Module]) -> None:
+        self._list = blocks
+        self._blocks = dict(blocks._modules) if isinstance(blocks, nn.ModuleList) else {}
         self._twins = {
-            name: _twin(block, calls[block], classes)
-            for name, block in self._modules.items()
-            if block in calls
+            name: _twin(block, classes[type(block)])
+            for name, block in self._blocks.items()
+            if block in chosen and type(block) in classes
         }
-        self._blocks: dict[str, nn.Module] = {}
+        self._exchanged = {**self._blocks, **self._twins}
 
     def begin(self) -> None:
         """Put the twins into the list; the model may be iterating over it."""
-        if len(self._modules) == self._length:  # else blocks came or went, and names moved
-            self._blocks = self._modules.copy()
-            self._modules.update(self._twins)
+        if self._twins and self._list._modules == self._blocks:  # else somebody changed it
+            self._list._modules.update(self._twins)
 
     def end(self) -> None:
-        """Put back what was there."""
-        self._modules.update(self._blocks)
-        self._blocks = {}
+        """Put the blocks back."""
+        if not self._twins:
+            return
+        modules = self._list._modules
+        if modules == self._exchanged:
+            modules.update(self._blocks)
+            return
+        own = {self._exchanged[name]: self._blocks[name] for name in self._twins}
+        for name, module in list(modules.items()):  # somebody changed the list meanwhile
+            if module in own:
+                modules[name] = own[module]
 
 
-@cache
-def passing_through(names: tuple[str, ...], parameters: tuple[str, ...]) -> Callable[..., Any]:
-    """A call that returns its arguments `names`, and does nothing else.
+def twin_class(
+    kind: type, cache: Skips, names: tuple[str, ...], parameters: tuple[str, ...]
+) -> type | None:
+    """A class like a block's, whose call returns its arguments `names` while `cache.skips`.
 
     Args:
         names: One name stands for its bare value, several for a tuple.
         parameters: The names of positional arguments, in order.
+
+    Returns:
+        `None` for a class that a subclass could not stand for: one with slots of its own, or with
+        code that runs when a subclass is made.
     """
+    has_slots = any(vars(base).get("__slots__") for base in kind.__mro__)
+    if has_slots or hasattr(kind.__init_subclass__, "__func__"):
+        return None
     take = itemgetter(*names)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cache.skips:
+            return kind.__call__(self, *args, **kwargs)
         if not args:
             return take(kwargs)
         return take({**dict(zip(parameters, args, strict=False)), **kwargs})
 
-    return call
+    return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def _twin(block: nn.Module, call: Callable[..., Any], classes: dict[Any, type]) -> nn.Module:
-    """A module that is `block` in everything but its call; its class is taken from `classes`."""
-    kind = type(block)
-    if (kind, call) not in classes:
-        members = {"__call__": staticmethod(call)}
-        classes[kind, call] = type(kind.__name__, (kind,), members)
-    twin: nn.Module = object.__new__(classes[kind, call])
+def _twin(block: nn.Module, kind: type) -> nn.Module:
+    """A module of the class `kind` that is `block` in everything else."""
+    twin: nn.Module = object.__new__(kind)
     object.__setattr__(twin, "__dict__", vars(block))
     return twin

@@ -27,7 +27,7 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 from .. import phase
 from ..config import DiCacheConfig
 from ..session import DiCacheSession, DiCacheWarning, Step
-from .bypass import Bypass, passing_through
+from .bypass import Bypass, twin_class
 from .calls import CallTracker
 from .compiling import compiled_like, under
 from .families import BlockStack, ModelFamily, find_family, supported_families
@@ -153,10 +153,19 @@ class _TransformerCache:
 
     def _make_bypasses(self, family: ModelFamily) -> list[Bypass]:
         """For each list of blocks, twins of those between the probe and the last block."""
-        middle = {call.block: call.returned for call in self.block_calls[:-1]}
-        for call in self.corner_calls:
-            middle.pop(call.block, None)
-        return [Bypass(getattr(self.transformer, each.attribute), middle) for each in family.stacks]
+        corners = {call.block for call in self.corner_calls}
+        bypasses = []
+        for stack in family.stacks:
+            calls = [each for each in self.block_calls if each.stack is stack]
+            classes: dict[type, type] = {}
+            for call in calls:  # one a kind: what is touched in every step should be little
+                kind = type(call.block)
+                if kind not in classes:
+                    made = twin_class(kind, self, stack.outputs, tuple(call.places))
+                    classes |= {} if made is None else {kind: made}
+            chosen = {call.block for call in calls} - corners
+            bypasses.append(Bypass(getattr(self.transformer, stack.attribute), classes, chosen))
+        return bypasses
 
     def attach(self) -> None:
         """Take the place of the calls; the root hook makes the cache visible to diffusers."""
@@ -187,6 +196,7 @@ class _TransformerCache:
     def detach(self) -> None:
         """Give the calls back and free the state."""
         self.calls.reset()
+        self._end_skipping()
         for call in self.block_calls:
             call.uninstall()
         _put_back(self.transformer, self._compiled_before)
@@ -244,6 +254,8 @@ class _TransformerCache:
             set_eval_frame(surrounding)
 
     def _run_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.skips:  # an interrupt came while the last step was put away
+            self._end_skipping()
         for call in self.corner_calls:
             if call.block._compiled_call_impl is not call.call:
                 self._install_again()  # compiled since the last step
@@ -266,9 +278,9 @@ class _TransformerCache:
         return output
 
     def _end_skipping(self) -> None:
-        self.skips = False
         for bypass in self.bypasses:
             bypass.end()
+        self.skips = False
 
     def _warn_of_unseen_blocks(self) -> None:
         assert self.step is not None
@@ -436,7 +448,6 @@ class _BlockCall:
         self.stack = stack
         self.take = itemgetter(*stack.outputs)  # a tuple, or with one name a value
         self.places = _places(block)
-        self.returned = passing_through(stack.outputs, tuple(self.places))
         self.compiled: Callable[..., Any] | None = None  # the block's call, where it is compiled
         self.call: Callable[..., Any] | None = None  # what was installed
 
@@ -467,11 +478,12 @@ class _BlockCall:
 
     def make_call(self) -> Callable[..., Any]:
         """The function that stands for the block's call: one frame, as it runs in every step."""
-        cache, inner, returned, run_rows = self.cache, self.inner, self.returned, self.run_rows
+        cache, inner = self.cache, self.inner
+        pass_through, run_rows = self.pass_through, self.run_rows
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if cache.skips:  # nobody looked into the list that holds a twin by now
-                return returned(*args, **kwargs)
+                return pass_through(args, kwargs)
             if cache.rows is not None:
                 return run_rows(args, kwargs)
             return inner(*args, **kwargs)
@@ -495,6 +507,10 @@ class _BlockCall:
         for name, part in values.items():
             values[name] = rows.scatter(part, self.argument(name, args, kwargs))
         return self.take(values)
+
+    def pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block would return if it changed nothing."""
+        return self.take({name: self.argument(name, args, kwargs) for name in self.names})
 
     def by_name(self, output: Any) -> dict[str, Any]:
         """A block's output by the names of its arguments."""
@@ -527,7 +543,7 @@ class _CornerCall(_BlockCall):
             name = self.stack.hidden_states
             cache.enter_blocks(kwargs[name] if name in kwargs else args[self.places[name]])
         if cache.skips:
-            return self._give(args, kwargs) if self.is_last else self.returned(*args, **kwargs)
+            return self._give(args, kwargs) if self.is_last else self.pass_through(args, kwargs)
         if cache.rows is not None and not self.is_last:
             return self.run_rows(args, kwargs)
         if cache.rows is not None:

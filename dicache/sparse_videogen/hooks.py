@@ -143,6 +143,7 @@ class _SparseTransformer:
         self._places = {name: place for place, name in enumerate(list(parameters)[1:])}
         self._plans: list[tuple[Any, weakref.ref[Tensor] | None, Plan]] = []
         self._generator = torch.Generator()
+        self._is_running = False
 
     def attach(self) -> None:
         """Put the processors in and hook the transformer's calls."""
@@ -195,6 +196,9 @@ class _SparseTransformer:
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_running:  # torch calls `_after` for an error, but not for an interrupt
+            self.reset()
+        self._is_running = True
         given = {
             name: kwargs[name] if name in kwargs else args[place]
             for name, place in self._places.items()
@@ -213,6 +217,7 @@ class _SparseTransformer:
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._is_running = False
         if output is None:  # the call raised: an aborted run leaves nothing behind
             self.reset()
         plan = self.processors[-1].plan
@@ -294,7 +299,8 @@ class _SparseTransformer:
     def _plan(self, call: _Call) -> Plan:
         """The plan for this geometry and these prompts, which the calls of a run share."""
         x, mask = call.hidden_states, call.mask
-        key = (call.grid, call.text, x.shape[0], x.device)
+        version = None if mask is None or mask.is_inference() else mask._version
+        key = (call.grid, call.text, x.shape[0], x.device, version)
         for known, ref, plan in self._plans:
             same_text = mask is None if ref is None else mask is not None and ref() is mask
             if known == key and same_text:
