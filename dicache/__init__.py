@@ -11,7 +11,9 @@ from .integrations import apply_dicache, get_stats, remove_dicache, reset_dicach
 from .session import Decision, DiCacheSession, DiCacheWarning
 from .sparse_videogen import (
     SparseVideoGenConfig,
+    SparseVideoGenStats,
     apply_sparse_videogen,
+    get_sparse_videogen_stats,
     remove_sparse_videogen,
 )
 from .stats import RunStats, StepRecord
@@ -23,9 +25,11 @@ __all__ = [
     "DiCacheWarning",
     "RunStats",
     "SparseVideoGenConfig",
+    "SparseVideoGenStats",
     "StepRecord",
     "apply_dicache",
     "apply_sparse_videogen",
+    "get_sparse_videogen_stats",
     "get_stats",
     "remove_dicache",
     "remove_sparse_videogen",

@@ -256,6 +256,7 @@ class Step:
     compute.
 
     Attributes:
+        name: The context's.
         index: The step's place in its context's run, from 0.
         action: `"compute"`, until `probe` decides on `"resume"` or `"reuse"`.
         needs_probe: Whether to ask `probe`; `False` on a step that is computed anyway.
@@ -266,7 +267,7 @@ class Step:
 
     def __init__(self, session: DiCacheSession, name: str, state: _Context, is_last: bool) -> None:
         self._session = session
-        self._name = name
+        self.name = name
         self._state = state
         self.index = state.next_step
         self._decision = _COMPUTE
@@ -370,7 +371,7 @@ class Step:
         decision = self._judge_samples(numbers) if self._by_sample else self._judge(*numbers[-1])
         reuses_any = decision.reuses_any
         if reuses_any and self._promise is not None and not self._promise[1](timestep[0]):
-            self._state = self._session._restart(self._name, self._state.phase)
+            self._state = self._session._restart(self.name, self._state.phase)
             decision, self.needs_probe, reuses_any = _COMPUTE, False, False
         self._decision = decision
         if not reuses_any:
@@ -441,7 +442,7 @@ class Step:
         sample = f", sample {row}" if self._by_sample else ""
         self._session.warn(
             "non-finite",
-            f"Step {self._state.next_step} of context {self._name!r}{sample}: the error is {error} "
+            f"Step {self._state.next_step} of context {self.name!r}{sample}: the error is {error} "
             f"and gamma {gamma}, so the step is computed. NaN or infinity in the model's hidden "
             f"states is the usual cause.",
         )
@@ -553,7 +554,7 @@ class Step:
 
     def _finish(self) -> None:
         state, decision, self._done = self._state, self._decision, True
-        records = self._session.stats.contexts[self._name]
+        records = self._session.stats.contexts[self.name]
         for row, gate in enumerate(state.gates):
             each = decision.samples[row] if decision.samples else decision
             gamma = each.gamma if each.action == "reuse" else None
@@ -586,7 +587,7 @@ class Step:
         """The context's trajectory for tensors like these, in a new run if they changed."""
         trajectory = self._state.trajectory
         if trajectory is not None and not trajectory.matches(x, p):
-            self._state = self._session._restart(self._name, self._state.phase)
+            self._state = self._session._restart(self.name, self._state.phase)
             self._decision, self.needs_probe, trajectory = _COMPUTE, False, None
             self.rows = self._queued = None
         if trajectory is None:

@@ -127,7 +127,7 @@ def test_each_head_attends_within_the_band_of_its_kind(sink, text, valid):
     rows = rows_of(plan)
     kinds = temporal_heads(q, k, v, rows, plan.bounds, plan.positions)
     assert kinds.unique().numel() == 2
-    output = sparse_attention(q, k, v, plan, rows)
+    output, _ = sparse_attention(q, k, v, plan, rows)
     for sample in range(2):
         for head in range(4):
             place = plan.positions.long() if kinds[sample, head] else torch.arange(length)
@@ -145,7 +145,7 @@ def test_the_error_falls_as_the_density_rises(sink, text):
     errors = []
     for density in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0):
         plan = make_plan(density, sink, (text, text), text)
-        output = sparse_attention(q, k, v, plan, rows_of(plan)).transpose(1, 2)
+        output = sparse_attention(q, k, v, plan, rows_of(plan))[0].transpose(1, 2)
         errors.append((output - exact).square().mean().item())
     assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
     assert errors[-1] < 1e-10
@@ -154,10 +154,10 @@ def test_the_error_falls_as_the_density_rises(sink, text):
 def test_padding_does_not_reach_any_valid_token():
     plan, (q, k, v) = make_plan(0.4), draw(VIDEO + 9)
     rows = rows_of(plan)
-    first = sparse_attention(q, k, v, plan, rows)
+    first, _ = sparse_attention(q, k, v, plan, rows)
     for tensor in (q, k, v):
         tensor[1, VIDEO + 5 :] = 1e3  # sample 1 has five text tokens
-    second = sparse_attention(q, k, v, plan, rows)
+    second, _ = sparse_attention(q, k, v, plan, rows)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1, : VIDEO + 5], second[1, : VIDEO + 5])
     assert second.isfinite().all()
@@ -181,10 +181,10 @@ def test_compiled_flex_attention_is_the_same(monkeypatch, width):
     if not attention._has_compiler():
         pytest.skip("there is no C++ compiler")
     plan, (q, k, v) = make_plan(0.4), draw(VIDEO + 9, width)
-    plain = sparse_attention(q, k, v, plan, rows_of(plan))
+    plain, _ = sparse_attention(q, k, v, plan, rows_of(plan))
     monkeypatch.setattr(attention, "COMPILED", None)
     torch.testing.assert_close(
-        sparse_attention(q, k, v, plan, rows_of(plan)), plain, rtol=1e-5, atol=1e-5
+        sparse_attention(q, k, v, plan, rows_of(plan))[0], plain, rtol=1e-5, atol=1e-5
     )
 
 
@@ -199,7 +199,7 @@ def test_on_a_gpu_it_is_dense_attention_with_the_mask(monkeypatch):
     q, k, v = (each.bfloat16() for each in exact)
     rows = draw_rows(64, frames * 240, 3, [1], torch.Generator())[0].cuda()
     kinds = temporal_heads(q, k, v, rows, plan.bounds, plan.positions)
-    output = sparse_attention(q, k, v, plan, rows)
+    output, _ = sparse_attention(q, k, v, plan, rows)
     tokens = torch.arange(length, device="cuda")
     for sample, head in torch.cartesian_prod(torch.arange(2), torch.arange(4)).tolist():
         place = plan.positions.long() if kinds[sample, head] else tokens

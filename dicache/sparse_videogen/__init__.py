@@ -21,8 +21,16 @@ from __future__ import annotations
 from typing import Any
 
 from .config import SparseVideoGenConfig
+from .stats import AttentionRecord, SparseVideoGenStats
 
-__all__ = ["SparseVideoGenConfig", "apply_sparse_videogen", "remove_sparse_videogen"]
+__all__ = [
+    "AttentionRecord",
+    "SparseVideoGenConfig",
+    "SparseVideoGenStats",
+    "apply_sparse_videogen",
+    "get_sparse_videogen_stats",
+    "remove_sparse_videogen",
+]
 
 
 def apply_sparse_videogen(
@@ -51,3 +59,19 @@ def remove_sparse_videogen(pipe_or_transformer: Any) -> None:
     from .hooks import remove
 
     remove(pipe_or_transformer)
+
+
+def get_sparse_videogen_stats(
+    pipe_or_transformer: Any,
+) -> SparseVideoGenStats | dict[str, SparseVideoGenStats]:
+    """What the attention of the last run did: of one transformer, or of a pipeline's by name.
+
+    Raises:
+        ValueError: There is no Sparse VideoGen on the model, or not with
+            `SparseVideoGenConfig(stats=True)`.
+    """
+    from ..integrations.diffusers import is_pipeline
+    from .hooks import get_stats
+
+    stats = get_stats(pipe_or_transformer)
+    return stats if is_pipeline(pipe_or_transformer) else next(iter(stats.values()))

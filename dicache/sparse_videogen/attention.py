@@ -81,7 +81,9 @@ class Plan:
         return same and device == self.order.device
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rows: Tensor) -> Tensor:
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, rows: Tensor
+) -> tuple[Tensor, Tensor]:
     """Attention within the band, in each head's own order of tokens.
 
     Args:
@@ -90,13 +92,13 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rows: Tensor) 
         rows: int64 [R], the queries that tell the heads apart.
 
     Returns:
-        [B, S, H, D] in the order of q.
+        [B, S, H, D] in the order of q, and uint8 [B, H], 1 for the temporal heads.
     """
     temporal = temporal_heads(q, k, v, rows, plan.bounds, plan.positions)  # [B, H]
     q, k, v = permute_qkv(q, k, v, temporal, plan.order)
     mask = block_mask(plan.tables, plan.bounds, q.shape[1], plan.block_size)
     output = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-    return permute_tokens(output.transpose(1, 2), temporal, plan.positions)
+    return permute_tokens(output.transpose(1, 2), temporal, plan.positions), temporal
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:

@@ -22,6 +22,7 @@ class SparseVideoGenConfig:
         block_size: Tokens of the square blocks that attention is computed or skipped in: a
             multiple of 16, on a GPU of 128.
         num_inference_steps: Number N of steps of a run, where the pipeline does not say it.
+        stats: Whether to keep what a run's attention did for `get_sparse_videogen_stats`.
 
     Raises:
         ValueError: A field has a value outside its range; the message names all three.
@@ -33,6 +34,7 @@ class SparseVideoGenConfig:
     profiling_rows: int = 64
     block_size: int = 128
     num_inference_steps: int | None = None
+    stats: bool = False
 
     def __post_init__(self) -> None:
         density, steps = self.density, self.dense_steps
@@ -46,6 +48,7 @@ class SparseVideoGenConfig:
         self._check("block_size", valid, "a multiple of 16 (on a GPU of 128)")
         valid = self.num_inference_steps is None or _is_count(self.num_inference_steps, 1)
         self._check("num_inference_steps", valid, "None or an integer >= 1")
+        self._check("stats", isinstance(self.stats, bool), "True or False")
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:

@@ -31,6 +31,8 @@ from .attention import Plan
 from .config import SparseVideoGenConfig
 from .families import find_sparse_family, supported_classes
 from .profiling import draw_rows
+from .recorder import Recorder
+from .stats import SparseVideoGenStats
 
 _HOOK = "sparse_videogen"
 _MOST_PLANS = 4  # a prompt and its negative, of two resolutions
@@ -59,6 +61,21 @@ def remove(model: Any) -> None:
         )
     for hook in found:
         hook.part.detach()
+
+
+def get_stats(model: Any) -> dict[str, SparseVideoGenStats]:
+    """See `dicache.get_sparse_videogen_stats`; a bare transformer's name is "transformer"."""
+    hooks = {name: _root_hook(part) for name, part in components_of(model).items()}
+    recorders = {name: hook.part.recorder for name, hook in hooks.items() if hook is not None}
+    found = {name: each.stats() for name, each in recorders.items() if each is not None}
+    if not found:
+        missing = "statistics" if recorders else "Sparse VideoGen"
+        raise ValueError(
+            f"This {type(model).__name__} has no {missing}. Expected one with "
+            f"apply_sparse_videogen(..., SparseVideoGenConfig(stats=True)): remove what is there "
+            f"and apply that."
+        )
+    return found
 
 
 def _transformers(model: Any) -> list[nn.Module]:
@@ -144,6 +161,9 @@ class _SparseTransformer:
         self._plans: list[tuple[Any, weakref.ref[Tensor] | None, Plan]] = []
         self._generator = torch.Generator()
         self._is_running = False
+        self.recorder = Recorder() if config.stats else None
+        for processor in self.processors:
+            processor.records = config.stats
 
     def attach(self) -> None:
         """Put the processors in and hook the transformer's calls."""
@@ -214,12 +234,17 @@ class _SparseTransformer:
         plan = self._plan(call) if self._is_sparse(index, call) else None
         self._hand_out(plan, None if plan is None else self._rows(call, index))
         phase.announce(module, "dense" if plan is None else "sparse")
+        if self.recorder is not None:
+            run, valid = self.session.stats, self._valid_tokens(call)
+            self.recorder.begin(run, step.name, index, valid, plan)
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._is_running = False
         if output is None:  # the call raised: an aborted run leaves nothing behind
             self.reset()
+        elif self.recorder is not None:
+            self.recorder.end(each.heads for each in self.processors)
         plan = self.processors[-1].plan
         if plan is not None and plan.misfit:
             plan.misfit = False
@@ -241,6 +266,7 @@ class _SparseTransformer:
         for layer, processor in enumerate(self.processors):
             is_sparse = layer in layers
             processor.plan = plan if is_sparse else None
+            processor.heads = None
             processor.rows = rows[layer - layers.start] if is_sparse and rows is not None else None
 
     def _read(self, given: dict[str, Any]) -> _Call:
@@ -310,15 +336,22 @@ class _SparseTransformer:
                 f"block_size is {self.config.block_size} on {x.device}. Expected a multiple of "
                 f"{_GPU_BLOCK}; smaller blocks are for the CPU."
             )
-        if mask is None:
-            valid = torch.full((x.shape[0],), call.text, dtype=torch.int32, device=x.device)
-        else:
-            valid = mask.sum(dim=1, dtype=torch.int32).to(x.device)
-        family, size = self.family, self.config.block_size
+        family, size, valid = self.family, self.config.block_size, self._valid_text(call)
         plan = Plan.make(family.sink_frames, call.grid, call.text, valid, self.density, size)
         entry = (key, None if mask is None else weakref.ref(mask), plan)
         self._plans = [*self._plans[1 - _MOST_PLANS :], entry]
         return plan
+
+    def _valid_text(self, call: _Call) -> Tensor:
+        """int32 [B], how many of the text's tokens are no padding."""
+        x = call.hidden_states
+        if call.mask is None:
+            return torch.full((x.shape[0],), call.text, dtype=torch.int32, device=x.device)
+        return call.mask.sum(dim=1, dtype=torch.int32).to(x.device)
+
+    def _valid_tokens(self, call: _Call) -> Tensor:
+        """int32 [B], the tokens of the video and of the text that are no padding."""
+        return self._valid_text(call) + math.prod(call.grid)
 
     def _rows(self, call: _Call, index: int) -> Tensor:
         """The sampled queries of every sparse layer in this step: int64 [layers, R]."""

@@ -26,12 +26,17 @@ class SparseProcessor:
     Attributes:
         plan: What this call's sparse layers share; `None` for full attention.
         rows: int64 [R], the queries that this call is profiled by.
+        records: Whether calls leave `heads` behind.
+        heads: uint8 [B, H] of the last call, 1 for its temporal heads; [B, 0] if its attention was
+            full. Set, never read here, so compiled code does not depend on it.
     """
 
     def __init__(self, dense: Any) -> None:
         self.dense = dense
         self.plan: Plan | None = None
         self.rows: Any = None
+        self.records = False
+        self.heads: Tensor | None = None
 
     @property
     def _attention_backend(self) -> Any:
@@ -62,6 +67,19 @@ class SparseProcessor:
         plan.misfit = True
         return None
 
+    def _dense(self, attn: Any, tokens: Tensor, *others: Any) -> Any:
+        """What the processor that was there before makes of tokens [B, S, D]."""
+        if self.records:
+            self.heads = tokens.new_empty((tokens.shape[0], 0), dtype=torch.uint8)
+        return self.dense(attn, tokens, *others)
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        """Attention [B, S, H D] within the plan's band."""
+        output, heads = sparse_attention(q, k, v, plan, self.rows)
+        if self.records:
+            self.heads = heads
+        return output.flatten(2).to(q.dtype)
+
 
 class HunyuanVideoProcessor(SparseProcessor):
     """Joint attention over video and text, in blocks with two streams and with one."""
@@ -77,10 +95,9 @@ class HunyuanVideoProcessor(SparseProcessor):
         text = encoder_hidden_states
         plan = None if text is None else self._fitting_plan(hidden_states, text.shape[1])
         if plan is None or text is None:
-            return self.dense(attn, hidden_states, text, attention_mask, image_rotary_emb)
+            return self._dense(attn, hidden_states, text, attention_mask, image_rotary_emb)
         q, k, v = _joint_qkv(attn, hidden_states, text, image_rotary_emb)
-        output = sparse_attention(q, k, v, plan, self.rows)
-        output = output.flatten(2).to(q.dtype)  # [B, S, H D]
+        output = self._sparse(q, k, v, plan)
         video, text = output.split([hidden_states.shape[1], text.shape[1]], dim=1)
         if getattr(attn, "to_out", None) is not None:
             video = attn.to_out[1](attn.to_out[0](video))
@@ -102,15 +119,14 @@ class WanProcessor(SparseProcessor):
     ) -> Tensor:
         plan = self._fitting_plan(hidden_states)
         if plan is None or encoder_hidden_states is not None or attention_mask is not None:
-            return self.dense(
+            return self._dense(
                 attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
             )
         q, k, v = _own_qkv(attn, hidden_states)
         if rotary_emb is not None:
             turns = rotary_emb[0][0, :, 0], rotary_emb[1][0, :, 0]  # [S, D] cosines and sines
             q, k = (apply_rotary_emb(each, turns, sequence_dim=1) for each in (q, k))
-        output = sparse_attention(q, k, v, plan, self.rows).flatten(2).to(q.dtype)
-        return attn.to_out[1](attn.to_out[0](output))
+        return attn.to_out[1](attn.to_out[0](self._sparse(q, k, v, plan)))
 
 
 def _joint_qkv(attn: Any, video: Tensor, text: Tensor, rotary: Any) -> QKV:
