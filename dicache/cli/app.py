@@ -28,6 +28,13 @@ app = typer.Typer(
 
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.")]
+Sparse = Annotated[
+    bool, typer.Option("--sparse", help="Sparse VideoGen, too (HunyuanVideo and Wan).")
+]
+Density = Annotated[
+    float | None,
+    typer.Option(help="Share of the attention that --sparse keeps, above 0 and up to 1."),
+]
 Pixels = Annotated[int | None, typer.Option(min=1, help="In pixels.")]
 
 
@@ -73,16 +80,19 @@ def demo(
         typer.Option(min=1, help="Denoising steps. 30 for images and 50 for videos, if not given."),
     ] = None,
     seed: Seed = 0,
+    sparse: Sparse = False,
+    density: Density = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-output"),
 ) -> None:
     """Draw with the small trained models that ship with the package, without and with DiCache.
 
     Runs the real diffusers pipelines, prints what DiCache saved and how close its pictures are, and
-    writes pictures, animations and a plot of what the cache decided in every step.
+    writes pictures, animations and a plot of what the cache decided in every step. With --sparse,
+    video models draw densely, sparsely, with DiCache and with both.
     """
     from .demo import run_demo
 
-    run_demo(model, steps, seed, out)
+    run_demo(model, steps, seed, out, sparse, density)
 
 
 @app.command()
@@ -107,8 +117,15 @@ def generate(
         typer.Option(help="Fixed mask such as CCCRRC: compute or reuse, one letter a step."),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also run without the cache; report both.")
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also run without the cache; report both. With --sparse: also without, with "
+            "either alone; report all four.",
+        ),
     ] = False,
+    sparse: Sparse = False,
+    density: Density = None,
     steps: Steps = None,
     seed: Seed = 0,
     height: Pixels = None,
@@ -146,9 +163,9 @@ def generate(
     }
     given = {name: value for name, value in arguments.items() if value is not None}
     rules = {"preset": preset, "threshold": threshold, "schedule": schedule}
-    run_generate(
-        Request(model, prompt, seed, given, rules, compare, dtype=dtype, device=device, out=out)
-    )
+    sparsity = {"sparse": sparse, "density": density}
+    request = Request(model, prompt, seed, given, rules, sparsity, compare, dtype, device, out)
+    run_generate(request)
 
 
 @app.command()

@@ -37,6 +37,11 @@ def one_line(error: BaseException | str) -> str:
     return text if len(text) <= _LONGEST_LINE else text[: _LONGEST_LINE - 3] + "..."
 
 
+def note(text: str) -> None:
+    """Tell what may surprise, on stderr; the command goes on."""
+    print(f"dicache: warning: {text}", file=sys.stderr)
+
+
 def extra_hint(error: ModuleNotFoundError) -> str:
     """Which extra to install for the module that is missing.
 

@@ -1,9 +1,8 @@
-"""`dicache generate`: one prompt through any supported diffusers pipeline, with DiCache."""
+"""`dicache generate`: one prompt through any supported pipeline, with DiCache or more."""
 
 from __future__ import annotations
 
 import inspect
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,20 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dicache import DiCacheConfig, apply_dicache, remove_dicache
+from dicache import (
+    DiCacheConfig,
+    SparseVideoGenConfig,
+    apply_dicache,
+    apply_sparse_videogen,
+    remove_dicache,
+    remove_sparse_videogen,
+)
+from dicache.demo.heads_plot import save_heads_plot, temporal_shares
 from dicache.demo.pictures import (
     comparison_animation,
     comparison_sheet,
+    four_runs_animation,
+    four_runs_sheet,
     save_animation,
     to_image,
 )
@@ -29,12 +38,23 @@ from dicache.demo.report import (
     summary_to_dict,
     write_json,
 )
-from dicache.demo.runner import Sample, run_cached, run_uncached
+from dicache.demo.runner import Run, Sample, run_cached, run_sparse, run_uncached
 from dicache.demo.schedule_plot import save_schedule_plot
+from dicache.demo.sparse import (
+    NOTE,
+    RUNS,
+    FourRuns,
+    density,
+    four_runs,
+    margin_text,
+    sparse_table,
+    sparse_to_dict,
+)
 
-from .errors import InputError, one_line
+from .errors import InputError, note, one_line
 from .files import make_folder
 from .info import devices, versions
+from .rules import make_sparse_config
 
 VIDEO_FPS = 16
 _DTYPES = {
@@ -54,6 +74,7 @@ class Request:
     Attributes:
         arguments: Arguments of the pipeline's call that were given, by the pipeline's names.
         rules: `preset`, `threshold` and `schedule`, each None where not given.
+        sparsity: `sparse` and `density`.
     """
 
     model: str
@@ -61,6 +82,7 @@ class Request:
     seed: int
     arguments: dict[str, Any]
     rules: dict[str, Any]
+    sparsity: dict[str, Any]
     compare: bool = False
     dtype: str = "auto"
     device: str = "auto"
@@ -75,18 +97,19 @@ def run_generate(request: Request) -> None:
             no pipeline or is not supported, or too little memory for it.
     """
     config = make_config(**request.rules)
+    sparse = make_sparse_config(**request.sparsity)
     device = find_device(request.device)
     dtype = find_dtype(request.dtype, device)
     folder = make_folder(request.out)
     pipe = load_pipeline(request.model, dtype)
-    _check_supported(pipe, config)
+    _check_supported(pipe, config, sparse)
     arguments = _check_arguments(pipe, request)
     with _memory_errors(device):
         pipe.to(device)
-        sample = _draw(pipe, request, arguments, config)
+        sample, four = _draw(pipe, request, arguments, config, sparse)
     name = type(pipe).__name__
     summary = summarize(name, [sample])
-    written = _write_pictures(folder, name, sample)
+    written = _write_pictures(folder, name, sample, four)
     title = f"DiCache in {name}: {_shorten(request.prompt)}, seed {request.seed}"
     save_schedule_plot(folder / "schedule.png", title, sample.cached)
     data = {
@@ -99,9 +122,19 @@ def run_generate(request: Request) -> None:
         "summary": summary_to_dict(summary),
         **sample_to_dict(sample),
     }
+    if sparse is not None:
+        written += _write_heads(folder, name, four.runs["sparse"] if four else sample.cached)
+        data["density"] = density(sample.cached)
+        if four is not None:
+            data["sparse"] = sparse_to_dict(sparse, [four])
     write_json(folder / "stats.json", data)
     console = Console()
     console.print(comparison_table([summary]))
+    if four is not None:
+        console.print(sparse_table(name, [four]))
+        console.print(f"{NOTE} {margin_text([four])}", style="dim", highlight=False)
+    elif sparse is not None:
+        console.print(f"attention density {density(sample.cached):.3f}", highlight=False)
     files = ", ".join([*written, "schedule.png", "stats.json"])
     console.print(f"{folder}: {files}", soft_wrap=True, highlight=False, markup=False)
 
@@ -182,13 +215,16 @@ def load_pipeline(model: str, dtype: torch.dtype) -> Any:
         logging.set_verbosity(verbosity)
 
 
-def _check_supported(pipe: Any, config: DiCacheConfig) -> None:
-    """Find out now, before an hour of un-cached work, whether the cache fits the pipeline."""
+def _check_supported(pipe: Any, config: DiCacheConfig, sparse: SparseVideoGenConfig | None) -> None:
+    """Find out now, before an hour of un-cached work, whether all of it fits the pipeline."""
     try:
         apply_dicache(pipe, config)
+        remove_dicache(pipe)
+        if sparse is not None:
+            apply_sparse_videogen(pipe, sparse)
+            remove_sparse_videogen(pipe)
     except ValueError as error:
         raise InputError(one_line(error)) from error
-    remove_dicache(pipe)
 
 
 def _check_arguments(pipe: Any, request: Request) -> dict[str, Any]:
@@ -214,31 +250,50 @@ def _check_arguments(pipe: Any, request: Request) -> dict[str, Any]:
     if "negative_prompt" in arguments and not arguments.get("true_cfg_scale"):
         default = parameters["true_cfg_scale"].default if "true_cfg_scale" in parameters else 2.0
         if isinstance(default, (int, float)) and default <= 1:
-            _note(f"{name} ignores --negative-prompt unless --true-cfg-scale is above 1")
+            note(f"{name} ignores --negative-prompt unless --true-cfg-scale is above 1")
     return {key: value for key, value in arguments.items() if key in parameters}
 
 
-def _draw(pipe: Any, request: Request, arguments: dict[str, Any], config: DiCacheConfig) -> Sample:
-    """One run with the cache; to compare, a short warm-up before and one without it after."""
+def _draw(
+    pipe: Any,
+    request: Request,
+    arguments: dict[str, Any],
+    config: DiCacheConfig,
+    sparse: SparseVideoGenConfig | None,
+) -> tuple[Sample, FourRuns | None]:
+    """A run with what was asked for; to compare, a short warm-up before and the others, too."""
 
     def inputs(**changes: Any) -> dict[str, Any]:
         # On the CPU, a seed gives the same noise whatever the device.
         generator = torch.Generator().manual_seed(request.seed)
         return {**arguments, "generator": generator, **changes}
 
+    prompt, seed = request.prompt, request.seed
     with _refused_arguments():
         if request.compare:
             pipe.set_progress_bar_config(desc="warm-up")
             run_uncached(pipe, lambda: inputs(num_inference_steps=1), _pictures)
+        if request.compare and sparse is not None:
+            runs = {}
+            pipe.set_progress_bar_config(desc=RUNS[0])
+            for (kind, run), coming in zip(
+                four_runs(pipe, inputs, _pictures, sparse, config), (*RUNS[1:], ""), strict=True
+            ):
+                runs[kind] = run
+                pipe.set_progress_bar_config(desc=coming)
+            return Sample(prompt, seed, runs["both"], runs["dense"]), FourRuns(prompt, seed, runs)
         pipe.set_progress_bar_config(desc="with DiCache")
-        cached = run_cached(pipe, inputs, _pictures, config)
+        if sparse is None:
+            cached = run_cached(pipe, inputs, _pictures, config)
+        else:
+            cached = run_sparse(pipe, sparse, lambda: run_cached(pipe, inputs, _pictures, config))
         if not bool(cached.pictures.isfinite().all()):
-            _note("the pipeline's output has NaN or infinite pixels")
+            note("the pipeline's output has NaN or infinite pixels")
         if not request.compare:
-            return Sample(request.prompt, request.seed, cached)
+            return Sample(prompt, seed, cached), None
         pipe.set_progress_bar_config(desc="without cache")
         uncached = run_uncached(pipe, inputs, _pictures)
-    return Sample(request.prompt, request.seed, cached, uncached)
+    return Sample(prompt, seed, cached, uncached), None
 
 
 def _pictures(output: Any) -> Tensor:
@@ -250,20 +305,38 @@ def _pictures(output: Any) -> Tensor:
     raise InputError(f"this pipeline returns a {type(output).__name__} without pictures or videos")
 
 
-def _write_pictures(folder: Path, pipeline: str, sample: Sample) -> list[str]:
-    """Write picture or video of every run, and both side by side; returns the files' names."""
+def _write_pictures(
+    folder: Path, pipeline: str, sample: Sample, four: FourRuns | None
+) -> list[str]:
+    """Write picture or video of every run, and all side by side; returns the files' names."""
     written = [_write_output(folder, "output", sample.cached.pictures)]
     if sample.uncached is None:
         return written
     written.append(_write_output(folder, "uncached", sample.uncached.pictures))
     title = f"{pipeline}, seed {sample.seed}"
-    comparison_sheet(title, [sample]).save(folder / "comparison.png")
+    if four is not None:
+        for name in ("sparse", "DiCache"):
+            written.append(_write_output(folder, name.lower(), four.runs[name].pictures))
+        sheet, frames = four_runs_sheet(title, [four]), four_runs_animation(title, [four])
+    else:
+        is_video = sample.cached.pictures.ndim == 4
+        sheet = comparison_sheet(title, [sample])
+        frames = comparison_animation(title, [sample]) if is_video else []
+    sheet.save(folder / "comparison.png")
     written.append("comparison.png")
-    if sample.cached.pictures.ndim == 4:
-        frames = comparison_animation(title, [sample])
+    if frames:
         save_animation(folder / "animation.gif", frames, round(1000 / VIDEO_FPS))
         written.append("animation.gif")
     return written
+
+
+def _write_heads(folder: Path, pipeline: str, run: Run) -> list[str]:
+    """Write the head map, unless all steps were dense."""
+    if not temporal_shares([run]):
+        note("all steps were dense, so there is no map of the heads; use more --steps")
+        return []
+    save_heads_plot(folder / "heads.png", f"Heads of {pipeline}", [run])
+    return ["heads.png"]
 
 
 def _write_output(folder: Path, stem: str, pictures: Tensor) -> str:
@@ -318,7 +391,3 @@ def _option_name(argument: str) -> str:
 
 def _shorten(prompt: str) -> str:
     return prompt if len(prompt) <= 80 else prompt[:77] + "..."
-
-
-def _note(text: str) -> None:
-    print(f"dicache: warning: {text}", file=sys.stderr)

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dicache.demo.runner import Sample
+from dicache.demo.sparse import RUNS, FourRuns
 
 DIFFERENCE_GAIN = 5
 SHEET_FRAMES = 8
@@ -41,8 +42,40 @@ def comparison_animation(title: str, samples: Sequence[Sample]) -> list[Image.Im
     for index in range(len(samples[0].cached.pictures)):
         both = [_both_pictures(sample, index) for sample in samples]
         cells = [[fit(to_image(p), 192, 480) for p in pictures] for pictures in both]
-        pages.append(_page(title, _columns(samples, cells, [_UNCACHED, _DICACHE])))
+        pages.append(_page(title, _columns(*_captions(samples), cells, [_UNCACHED, _DICACHE])))
     return pages
+
+
+def four_runs_sheet(title: str, samples: Sequence[FourRuns]) -> Image.Image:
+    """Frames of the videos of every kind of run, below each other."""
+    blocks = [
+        [_frame_block(each.prompt, _four_verdict(each).replace("\n", ", "), _videos(each))]
+        for each in samples
+    ]
+    return _page(title, _grid(blocks, gap=18))
+
+
+def four_runs_animation(title: str, samples: Sequence[FourRuns]) -> list[Image.Image]:
+    """Frames of an animation: one column a sample, one row a kind of run."""
+    prompts = [sample.prompt for sample in samples]
+    feet = [_four_verdict(sample) for sample in samples]
+    pages = []
+    for index in range(len(samples[0].runs["dense"].pictures)):
+        cells = [
+            [fit(to_image(video[index]), 140, 480) for video in _videos(sample).values()]
+            for sample in samples
+        ]
+        pages.append(_page(title, _columns(prompts, feet, cells, RUNS)))
+    return pages
+
+
+def _videos(sample: FourRuns) -> dict[str, Tensor]:
+    return {name: sample.runs[name].pictures for name in RUNS}
+
+
+def _four_verdict(sample: FourRuns) -> str:
+    likeness = [f"{name} {sample.quality(name).psnr:.1f} dB" for name in RUNS[1:]]
+    return "\n".join(likeness)
 
 
 def save_animation(
@@ -78,7 +111,7 @@ def _image_sheet(samples: Sequence[Sample]) -> Image.Image:
         cells.append([fit(to_image(picture), 192, 1024) for picture in pictures])
     labels = [_UNCACHED, _DICACHE, f"difference\n× {DIFFERENCE_GAIN}"]
     if len(samples) > 1:
-        return _columns(samples, cells, labels)
+        return _columns(*_captions(samples), cells, labels)
     row = _grid([[_text(label.replace("\n", " ")) for label in labels], cells[0]], gap=8)
     head = _text(samples[0].prompt, row.width, bold=True)
     foot = _text(_verdict(samples[0]).replace("\n", ", "), row.width)
@@ -86,30 +119,41 @@ def _image_sheet(samples: Sequence[Sample]) -> Image.Image:
 
 
 def _frame_sheet(samples: Sequence[Sample]) -> Image.Image:
-    count = len(samples[0].cached.pictures)
-    shown = min(count, SHEET_FRAMES)
-    chosen = [round(i * (count - 1) / max(shown - 1, 1)) for i in range(shown)]
     blocks = []
     for sample in samples:
-        rows = [[_text("")] + [_text(f"frame {index + 1}", size=12) for index in chosen]]
-        for label, run in ((_UNCACHED, 0), (_DICACHE, 1)):
-            frames = [_both_pictures(sample, index)[run] for index in chosen]
-            rows.append([_text(label), *(fit(to_image(frame), 100, 320) for frame in frames)])
-        block = _grid(rows)
-        verdict = _verdict(sample).replace("\n", ", ")
-        head = [_text(sample.prompt, block.width, bold=True), _text(verdict, block.width)]
-        blocks.append([_grid([[cell] for cell in (*head, block)])])
+        videos = dict(zip((_UNCACHED, _DICACHE), _both_pictures(sample), strict=True))
+        blocks.append([_frame_block(sample.prompt, _verdict(sample).replace("\n", ", "), videos)])
     return _grid(blocks, gap=18)
 
 
+def _frame_block(prompt: str, verdict: str, videos: dict[str, Tensor]) -> Image.Image:
+    """Frames of one prompt's videos, a row a video, under what there is to say about them."""
+    count = len(next(iter(videos.values())))
+    shown = min(count, SHEET_FRAMES)
+    chosen = [round(i * (count - 1) / max(shown - 1, 1)) for i in range(shown)]
+    rows = [[_text("")] + [_text(f"frame {index + 1}", size=12) for index in chosen]]
+    for label, video in videos.items():
+        rows.append([_text(label), *(fit(to_image(video[i]), 100, 320) for i in chosen)])
+    block = _grid(rows)
+    head = [_text(prompt, block.width, bold=True), _text(verdict, block.width)]
+    return _grid([[cell] for cell in (*head, block)])
+
+
+def _captions(samples: Sequence[Sample]) -> tuple[list[str], list[str]]:
+    return [sample.prompt for sample in samples], [_verdict(sample) for sample in samples]
+
+
 def _columns(
-    samples: Sequence[Sample], cells: Sequence[Sequence[Image.Image]], labels: Sequence[str]
+    prompts: Sequence[str],
+    verdicts: Sequence[str],
+    cells: Sequence[Sequence[Image.Image]],
+    labels: Sequence[str],
 ) -> Image.Image:
     """One column a sample: its prompt, its pictures, and how alike they are."""
     width = cells[0][0].width + 8
-    heads = [_text("")] + [_text(sample.prompt, width, bold=True) for sample in samples]
+    heads = [_text("")] + [_text(prompt, width, bold=True) for prompt in prompts]
     rows = [[_text(label), *(column[row] for column in cells)] for row, label in enumerate(labels)]
-    feet = [_text("")] + [_text(_verdict(sample), width) for sample in samples]
+    feet = [_text("")] + [_text(verdict, width) for verdict in verdicts]
     return _grid([heads, *rows, feet], gap=8)
 
 

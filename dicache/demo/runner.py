@@ -1,21 +1,31 @@
-"""Run a pipeline without and with DiCache, timed, and gather what both runs did.
+"""Run a pipeline with and without DiCache and Sparse VideoGen, timed, and gather what it did.
 
 Knows no particular model: `dicache demo` calls it on the shipped ones, `dicache generate` on any
-pipeline. Both runs of a sample get the same arguments and the same seed, so that every difference
-between their pictures comes from the cache.
+pipeline. All runs of a sample get the same arguments and the same seed, so that every difference
+between their pictures comes from what was applied.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dicache import DiCacheConfig, RunStats, apply_dicache, remove_dicache
+from dicache import (
+    DiCacheConfig,
+    RunStats,
+    SparseVideoGenConfig,
+    SparseVideoGenStats,
+    apply_dicache,
+    apply_sparse_videogen,
+    get_sparse_videogen_stats,
+    remove_dicache,
+    remove_sparse_videogen,
+)
 from dicache.demo.metrics import Quality, quality
 from dicache.integrations import find_family
 from dicache.integrations.diffusers import sessions
@@ -53,11 +63,13 @@ class Run:
         pictures: [3, H, W] image or [F, 3, H, W] video in [0, 1], float32 on the CPU.
         seconds: Wall-clock time of the whole call, text encoder and VAE included.
         caches: Per transformer of the pipeline; empty without a cache.
+        sparse: What the attention did, the same; empty without Sparse VideoGen.
     """
 
     pictures: Tensor
     seconds: float
     caches: dict[str, CacheReport] = field(default_factory=dict)
+    sparse: dict[str, SparseVideoGenStats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,22 @@ def run_cached(
         return Run(decode(output), seconds, _cache_reports(pipe))
     finally:
         remove_dicache(pipe)
+
+
+def run_sparse(pipe: Any, config: SparseVideoGenConfig, run: Callable[[], Run]) -> Run:
+    """Apply Sparse VideoGen to a pipeline, do a run of it, and take it off again, come what may.
+
+    Raises:
+        ValueError: Sparse VideoGen cannot be applied to this pipeline with this configuration.
+    """
+    apply_sparse_videogen(pipe, replace(config, stats=True))
+    try:
+        done = run()
+        stats = get_sparse_videogen_stats(pipe)
+        assert isinstance(stats, dict)  # a pipeline's
+        return replace(done, sparse=stats)
+    finally:
+        remove_sparse_videogen(pipe)
 
 
 def _timed_call(pipe: Any, arguments: dict[str, Any]) -> tuple[Any, float]:
