@@ -30,7 +30,7 @@ NOTE = (
     "text included; blocks that DiCache skips are not in it. Attention is what is left of the "
     "dense run's elements, these included."
 )
-_COLUMNS = ("run", "density", "attention", "block calls", "time", "PSNR", "worst", "SSIM")
+_COLUMNS = ("run", "density", "attention", "block calls", "time", "PSNR, dB", "worst", "SSIM")
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _sample_to_dict(sample: FourRuns) -> dict[str, Any]:
 
 def _cells(row: Row) -> tuple[str, ...]:
     def decibels(value: float) -> str:
-        return "=" if value == PSNR_CAP else f"{value:.1f} dB"
+        return "=" if value == PSNR_CAP else f"{value:.1f}"
 
     shares = f"{row.density:.3f}", f"{row.attention:.3f}"
     calls = f"{row.block_calls:.0f}", f"{row.seconds:.2f} s"
