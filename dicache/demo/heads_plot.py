@@ -48,9 +48,9 @@ def save_heads_plot(path: Path, title: str, runs: Sequence[Run]) -> None:
     for panel, (name, shares) in zip(panels, maps.items(), strict=True):
         image = _draw_map(panel, shares)
         panel.set_title(name if len(maps) > 1 else "", fontsize=10)
-    label = "share of sparse steps and branches in which the head was temporal"
-    figure.colorbar(image, ax=list(panels), label=label)
-    figure.suptitle(title, fontsize=11, fontweight="bold")
+    figure.colorbar(image, ax=list(panels), label="0 always spatial, 1 always temporal")
+    meaning = "how often the profiling took a head for a temporal one, over all sparse steps"
+    figure.suptitle(f"{title}\n{meaning}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
