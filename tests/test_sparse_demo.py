@@ -43,6 +43,7 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     monkeypatch.setattr(attention, "COMPILED", False)
     monkeypatch.setattr("dicache.cli.demo.SAMPLES", 1)
+    monkeypatch.setattr("dicache.cli.demo._WARM_UP_STEPS", 1)
     yield
     torch.set_num_threads(threads)  # which the demo sets
 
