@@ -169,6 +169,7 @@ def test_the_demo_tells_and_writes_what_the_four_runs_did(model, steps, tmp_path
     assert f"| both | {found['both']['density']:.3f} |" in markdown
     printed = capsys.readouterr().out
     assert f"{found['sparse']['psnr']:.1f}" in printed
+    assert "…" not in printed  # nothing is cut off
     assert max(len(line) for line in printed.splitlines() if "│" in line) <= 80
     (shares,) = (each["temporal_shares"]["transformer"] for each in stats["sparse"]["samples"])
     assert list(shares) == [str(block) for block in range(1, 9)]

@@ -25,12 +25,12 @@ from dicache.demo.runner import (
 
 RUNS = ("dense", "sparse", "DiCache", "both")
 NOTE = (
-    "Means per run; PSNR and SSIM against the dense run of the same seed. Density is the share of "
-    "attention elements that is kept, over all blocks and steps that were computed, dense ones and "
-    "text included; blocks that DiCache skips are not in it. Attention is what is left of the "
-    "dense run's elements, these included."
+    "Means per run; PSNR, in dB, and SSIM against the dense run of the same seed. Density is the "
+    "share of attention elements that is kept, over all blocks and steps that were computed, "
+    "dense ones and text included; blocks that DiCache skips are not in it. Attention is what is "
+    "left of the dense run's elements, these included; blocks are the evaluations of them."
 )
-_COLUMNS = ("run", "density", "attention", "block calls", "time", "PSNR, dB", "worst", "SSIM")
+_COLUMNS = ("run", "density", "attention", "blocks", "time", "PSNR", "worst", "SSIM")
 
 
 @dataclass(frozen=True)
