@@ -592,8 +592,9 @@ class Step:
             self.rows = self._queued = None
         if trajectory is None:
             config = self._session.config
-            trajectory = self._state.trajectory = make_trajectory(config, x, p)
+            trajectory = make_trajectory(config, x, p)
             if self._by_sample:
                 trajectory.split()
                 self._state.gates = [Gate(config) for _ in trajectory.samples]
+            self._state.trajectory = trajectory  # now that it is whole
         return trajectory

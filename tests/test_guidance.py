@@ -81,6 +81,15 @@ def test_a_branch_that_is_called_in_some_steps_only_follows_in_those() -> None:
     assert {mine for mine, _ in others} == {"reuse", "resume"}
 
 
+def test_a_schedule_is_each_contexts_own() -> None:
+    session, taken = session_with("shared", schedule="CCRCRR"), []
+    for index in range(6):
+        step(session, "cond", index, branch(index, 0.01))
+        if index != 1:
+            taken.append(step(session, "uncond", index, branch(index, 0.01)))
+    assert [action == "reuse" for action in taken] == [letter == "R" for letter in "CCRCR"]
+
+
 def test_samples_follow_their_own_leader() -> None:
     session = session_with("shared", granularity="sample")
     for index in range(NUM_STEPS):

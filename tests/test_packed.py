@@ -216,6 +216,58 @@ def test_tokens_that_lie_transposed_are_rounded_as_the_others(dtype: torch.dtype
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(outputs, expected, strict=True))
 
 
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("fails_at", ["make_room", "_unpack", "_pack", "empty"])
+def test_an_error_while_buffers_are_filled_or_packed_is_survived(
+    fails_at: str, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a device has no memory left: the next steps begin anew, and touch nothing empty."""
+    rules = {**FREE, "threshold": math.inf, "granularity": granularity}
+    session, left = DiCacheSession(DiCacheConfig(**rules, cache_device="cpu")), [0]
+    original = getattr(PackedBuffer, fails_at)
+
+    def failing(packed: PackedBuffer) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError
+        original(packed)
+
+    monkeypatch.setattr(PackedBuffer, fails_at, failing)
+    taken = []
+    for index, (x, p, y) in enumerate(walk(10)):
+        left[0] = 1 if index in (0, 3, 4) else 0
+        try:
+            with session.step("cond") as step:
+                if step.needs_probe:
+                    step.probe(x, p)
+                if step.action == "reuse":
+                    step.reuse(x)
+                else:
+                    step.record(x, p, y)
+            taken.append(step.action)
+        except MemoryError:
+            taken.append("failed")
+    assert "failed" in taken and taken[-2:] == ["reuse", "reuse"]
+
+
+def test_large_fp16_residuals_stay_finite_in_bf16() -> None:
+    steps = [(x.half(), p.half(), y.half()) for x, p, y in walk(6)]
+    for x, _, y in steps:
+        y[..., 0], x[..., 0] = 65504.0, 0.0
+    rules = {**FREE, "schedule": "CCRRCR"}
+    outputs, _ = drive(DiCacheConfig(**rules, cache_dtype=torch.bfloat16), steps)
+    assert all(output.isfinite().all() for output in outputs)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_the_last_blocks_dtype_may_change_in_the_middle_of_a_run(granularity: str) -> None:
+    steps = [(x, p, y.bfloat16() if index > 4 else y) for index, (x, p, y) in enumerate(walk(12))]
+    rules = {**RULES["default"], "granularity": granularity}
+    outputs, _ = drive(DiCacheConfig(**rules, cache_device="cpu"), steps)
+    expected, _ = drive(DiCacheConfig(**rules), steps)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
 def transposed(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same [B, S, D], in memory as [B, D, S]."""
     return tuple(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors)

@@ -86,6 +86,16 @@ def test_nothing_of_the_old_phase_is_left_in_what_is_reused():
     assert all(torch.equal(*pair) for pair in outputs.values())
 
 
+@pytest.mark.parametrize("free", [DiCacheSession.reset, lambda each: each.forget("cond")])
+def test_state_may_be_freed_in_the_middle_of_a_step_that_begins_a_run(free):
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    run_step(session, tensors(0))
+    with session.step("cond") as step:
+        free(session)
+        step.record(*tensors(1, shape=(2, 6, 8)))  # another layout: this is a new run's first step
+    assert run_step(session, tensors(2, shape=(2, 6, 8)))[0] == "reuse"
+
+
 # --- waits ---------------------------------------------------------------------------------------
 
 

@@ -590,6 +590,36 @@ def test_a_call_that_raised_leaves_nothing_behind():
         model(timestep=steps[0]["timestep"])
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_after_an_abort_begins_with_its_dense_steps(error):
+    model, steps = build("wan"), video("wan", 4)
+    apply_sparse_videogen(model, changed(dense_steps=0.5, num_inference_steps=4))
+
+    def stop(*_: Any) -> None:
+        raise error
+
+    for _ in range(2):
+        handle = blocks("wan", model)[1].register_forward_pre_hook(stop)
+        with pytest.raises(error):
+            model(**steps[0])
+        handle.remove()
+    letters = sparse_calls(model, "wan", steps)
+    assert ["S" in each for each in letters] == [False, False, True, True]
+
+
+def test_a_mask_that_is_changed_in_place_is_read_again():
+    model, fresh = build("hunyuan-video"), build("hunyuan-video")
+    steps = video("hunyuan-video", lengths=(5, 4))
+    for each in (model, fresh):
+        apply_sparse_videogen(each, changed(dense_steps=0.0))
+    before = outputs(model, steps)
+    mask = steps[0]["encoder_attention_mask"]
+    mask[:, 2:] = 0
+    after = outputs(model, steps)
+    assert not torch.equal(before[0], after[0])
+    assert all(torch.equal(a, b) for a, b in zip(after, outputs(fresh, steps), strict=True))
+
+
 def test_inference_mode_is_no_other_mode():
     model = build("hunyuan-video")
     apply_sparse_videogen(model, SPARSE)
