@@ -7,6 +7,7 @@ ends as soon as these are done: what the caller queued in between goes on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,17 +22,21 @@ class Readback:
     """
 
     def __init__(self, *tensors: Tensor) -> None:
-        self._copies: list[Tensor] = []
-        self._events: dict[torch.device, torch.cuda.Event] = {}
+        self._copies: Sequence[Tensor] = tensors
+        self._events: list[torch.cuda.Event] = []
         for tensor in tensors:
-            self._copies.append(_begin_copy(tensor) if tensor.is_cuda else tensor)
-        for tensor in tensors:
-            if tensor.is_cuda and tensor.device not in self._events:
-                self._events[tensor.device] = _record_event(tensor.device)
+            if tensor.is_cuda:
+                self._begin(tensors)
+                return
+
+    def _begin(self, tensors: Sequence[Tensor]) -> None:
+        self._copies = [_begin_copy(each) if each.is_cuda else each for each in tensors]
+        devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+        self._events = [_record_event(device) for device in devices]
 
     def wait(self) -> list[Any]:
         """What `tolist` gives for each tensor: a number, or a list."""
-        for event in self._events.values():
+        for event in self._events:
             event.synchronize()
         return list(map(Tensor.tolist, self._copies))
 

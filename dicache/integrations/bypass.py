@@ -41,22 +41,27 @@ class Bypass:
             for name, block in self._blocks.items()
             if block in chosen and type(block) in classes
         }
-        self._exchanged = {**self._blocks, **self._twins}
+        # Lists are compared by identity of their entries, and faster than dictionaries.
+        self._before = [*self._blocks.values()]
+        self._after = [*{**self._blocks, **self._twins}.values()]
 
     def begin(self) -> None:
         """Put the twins into the list; the model may be iterating over it."""
-        if self._twins and self._list._modules == self._blocks:  # else somebody changed it
-            self._list._modules.update(self._twins)
+        if not self._twins:
+            return
+        modules = self._list._modules
+        if [*modules.values()] == self._before:  # else somebody changed it
+            modules.update(self._twins)
 
     def end(self) -> None:
         """Put the blocks back."""
         if not self._twins:
             return
         modules = self._list._modules
-        if modules == self._exchanged:
+        if [*modules.values()] == self._after:
             modules.update(self._blocks)
             return
-        own = {self._exchanged[name]: self._blocks[name] for name in self._twins}
+        own = {twin: self._blocks[name] for name, twin in self._twins.items()}
         for name, module in list(modules.items()):  # somebody changed the list meanwhile
             if module in own:
                 modules[name] = own[module]
