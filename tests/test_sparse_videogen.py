@@ -607,6 +607,48 @@ def test_a_run_after_an_abort_begins_with_its_dense_steps(error):
     assert ["S" in each for each in letters] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_are_profiled_in_every_nth_computed_sparse_step(family, cached, monkeypatch):
+    profiled: list[int] = []
+    original = attention.temporal_heads
+
+    def counted(q: Tensor, *others: Any) -> Tensor:
+        profiled.append(step)
+        return original(q, *others)
+
+    monkeypatch.setattr(attention, "temporal_heads", counted)
+    model, steps = build(family), video(family, 10)
+    rules = changed(dense_steps=0.2, num_inference_steps=10, keep_heads=3)
+    apply_sparse_videogen(model, rules)
+    if cached:
+        apply_dicache(model, DiCacheConfig(schedule="CCCCRRCCCC", num_inference_steps=10))
+    for _ in range(2):  # a second run profiles anew
+        profiled.clear()
+        for step, inputs in enumerate(steps):  # noqa: B007 (`counted` reads it)
+            model(**inputs)
+        # Steps 0 and 1 are dense; those that the cache reuses do not count.
+        assert sorted(set(profiled)) == ([2, 7] if cached else [2, 5, 8])
+        layers = len(blocks(family, model)) - 1
+        assert all(profiled.count(each) == layers for each in profiled)
+
+
+def test_kept_heads_are_a_contexts_own():
+    model, steps = build("wan"), video("wan", 4)
+    apply_sparse_videogen(model, changed(dense_steps=0.0, num_inference_steps=4, keep_heads=4))
+    other = [{**each, "hidden_states": -each["hidden_states"]} for each in steps]
+    together: dict[str, list[Tensor]] = {"a": [], "b": []}
+    for pair in zip(steps, other, strict=True):
+        for name, inputs in zip(together, pair, strict=True):
+            with model.cache_context(name):
+                together[name].append(model(**inputs)[0])
+    for name, calls_alone in (("a", steps), ("b", other)):
+        fresh = build("wan")
+        apply_sparse_videogen(fresh, changed(dense_steps=0.0, num_inference_steps=4, keep_heads=4))
+        alone = outputs(fresh, calls_alone)
+        assert all(torch.equal(a, b) for a, b in zip(alone, together[name], strict=True))
+
+
 def test_a_mask_that_is_changed_in_place_is_read_again():
     model, fresh = build("hunyuan-video"), build("hunyuan-video")
     steps = video("hunyuan-video", lengths=(5, 4))

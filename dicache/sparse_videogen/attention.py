@@ -82,7 +82,7 @@ class Plan:
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, rows: Tensor
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, rows: Tensor, temporal: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention within the band, in each head's own order of tokens.
 
@@ -90,11 +90,13 @@ def sparse_attention(
         q, k, v: [B, S, H, D] tokens: sink, video in frame-major order, text, padding.
         plan: For this B and S.
         rows: int64 [R], the queries that tell the heads apart.
+        temporal: uint8 [B, H], 1 for the temporal heads, if they are known; else they are profiled.
 
     Returns:
         [B, S, H, D] in the order of q, and uint8 [B, H], 1 for the temporal heads.
     """
-    temporal = temporal_heads(q, k, v, rows, plan.bounds, plan.positions)  # [B, H]
+    if temporal is None:
+        temporal = temporal_heads(q, k, v, rows, plan.bounds, plan.positions)
     q, k, v = permute_qkv(q, k, v, temporal, plan.order)
     mask = block_mask(plan.tables, plan.bounds, q.shape[1], plan.block_size)
     output = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)

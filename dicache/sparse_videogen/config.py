@@ -21,8 +21,14 @@ class SparseVideoGenConfig:
             step, >= 1; at most all tokens of the video.
         block_size: Tokens of the square blocks that attention is computed or skipped in: a
             multiple of 16, on a GPU of 128.
+        keep_heads: Number of computed sparse steps that one profiling of a layer serves in each
+            context, >= 1. Profiling takes less than 1 % of what a sparse layer's attention computes
+            at 720p and 129 frames, so there is little to gain. Above 1 compiled models make a third
+            graph a kind of block.
         num_inference_steps: Number N of steps of a run, where the pipeline does not say it.
-        stats: Whether to keep what a run's attention did for `get_sparse_videogen_stats`.
+        stats: Whether to keep what a run's attention did for `get_sparse_videogen_stats`. Neither
+            this nor `keep_heads` above 1 is for compilation with CUDA graphs, which write over
+            what a block leaves behind.
 
     Raises:
         ValueError: A field has a value outside its range; the message names all three.
@@ -33,6 +39,7 @@ class SparseVideoGenConfig:
     dense_layers: int = 1
     profiling_rows: int = 64
     block_size: int = 128
+    keep_heads: int = 1
     num_inference_steps: int | None = None
     stats: bool = False
 
@@ -46,6 +53,7 @@ class SparseVideoGenConfig:
         self._check("profiling_rows", _is_count(self.profiling_rows, 1), "an integer >= 1")
         valid = _is_count(self.block_size, 16) and self.block_size % 16 == 0
         self._check("block_size", valid, "a multiple of 16 (on a GPU of 128)")
+        self._check("keep_heads", _is_count(self.keep_heads, 1), "an integer >= 1")
         valid = self.num_inference_steps is None or _is_count(self.num_inference_steps, 1)
         self._check("num_inference_steps", valid, "None or an integer >= 1")
         self._check("stats", isinstance(self.stats, bool), "True or False")

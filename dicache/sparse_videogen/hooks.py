@@ -30,6 +30,7 @@ from ..session import DiCacheSession, DiCacheWarning
 from .attention import Plan
 from .config import SparseVideoGenConfig
 from .families import find_sparse_family, supported_classes
+from .kept_heads import KeptHeads
 from .profiling import draw_rows
 from .recorder import Recorder
 from .stats import SparseVideoGenStats
@@ -162,8 +163,10 @@ class _SparseTransformer:
         self._generator = torch.Generator()
         self._is_running = False
         self.recorder = Recorder() if config.stats else None
+        self.kept = KeptHeads(config.keep_heads) if config.keep_heads > 1 else None
+        self._context = ""  # of the call that runs
         for processor in self.processors:
-            processor.records = config.stats
+            processor.records = config.stats or config.keep_heads > 1
 
     def attach(self) -> None:
         """Put the processors in and hook the transformer's calls."""
@@ -212,6 +215,8 @@ class _SparseTransformer:
         """Free all state, as when a pipeline ends."""
         self.calls.reset()
         self._plans.clear()
+        if self.kept is not None:
+            self.kept.clear()
         self._hand_out(None, None)
 
     @torch.compiler.disable
@@ -234,6 +239,12 @@ class _SparseTransformer:
         plan = self._plan(call) if self._is_sparse(index, call) else None
         self._hand_out(plan, None if plan is None else self._rows(call, index))
         phase.announce(module, "dense" if plan is None else "sparse")
+        self._context = step.name
+        if self.kept is not None and plan is not None:
+            batch = call.hidden_states.shape[0]
+            for layer in self._sparse_layers():
+                known = self.kept.recall(self.session.stats, step.name, layer, batch)
+                self.processors[layer].kept = known
         if self.recorder is not None:
             run, valid = self.session.stats, self._valid_tokens(call)
             self.recorder.begin(run, step.name, index, valid, plan)
@@ -243,8 +254,8 @@ class _SparseTransformer:
         self._is_running = False
         if output is None:  # the call raised: an aborted run leaves nothing behind
             self.reset()
-        elif self.recorder is not None:
-            self.recorder.end(each.heads for each in self.processors)
+        else:
+            self._gather_heads()
         plan = self.processors[-1].plan
         if plan is not None and plan.misfit:
             plan.misfit = False
@@ -254,6 +265,16 @@ class _SparseTransformer:
                 "another length or device), so their attention was computed in full.",
             )
         self._hand_out(None, None)
+
+    def _gather_heads(self) -> None:
+        """Keep the kinds of heads that the layers left behind, for those who want them."""
+        if self.recorder is not None:
+            self.recorder.end(each.heads for each in self.processors)
+        if self.kept is None:
+            return
+        for layer, each in enumerate(self.processors):
+            if each.heads is not None and each.heads.shape[1]:  # it ran, and not in full
+                self.kept.note(self._context, layer, each.heads, each.kept is not None)
 
     def _sparse_layers(self) -> range:
         """All but the leading ones and those of a cache's probe, whose gate sees no difference."""
@@ -266,7 +287,7 @@ class _SparseTransformer:
         for layer, processor in enumerate(self.processors):
             is_sparse = layer in layers
             processor.plan = plan if is_sparse else None
-            processor.heads = None
+            processor.heads = processor.kept = None
             processor.rows = rows[layer - layers.start] if is_sparse and rows is not None else None
 
     def _read(self, given: dict[str, Any]) -> _Call:

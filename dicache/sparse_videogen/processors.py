@@ -26,6 +26,7 @@ class SparseProcessor:
     Attributes:
         plan: What this call's sparse layers share; `None` for full attention.
         rows: int64 [R], the queries that this call is profiled by.
+        kept: uint8 [B, H], the kinds of its heads where they are known; `None` to profile them.
         records: Whether calls leave `heads` behind.
         heads: uint8 [B, H] of the last call, 1 for its temporal heads; [B, 0] if its attention was
             full. Set, never read here, so compiled code does not depend on it.
@@ -35,6 +36,7 @@ class SparseProcessor:
         self.dense = dense
         self.plan: Plan | None = None
         self.rows: Any = None
+        self.kept: Tensor | None = None
         self.records = False
         self.heads: Tensor | None = None
 
@@ -75,7 +77,7 @@ class SparseProcessor:
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         """Attention [B, S, H D] within the plan's band."""
-        output, heads = sparse_attention(q, k, v, plan, self.rows)
+        output, heads = sparse_attention(q, k, v, plan, self.rows, self.kept)
         if self.records:
             self.heads = heads
         return output.flatten(2).to(q.dtype)
