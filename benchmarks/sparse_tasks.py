@@ -242,7 +242,8 @@ class Attention(Task):
         ends = torch.tensor([self.size.video, length - 1], device=self.device)
         chosen = torch.cat([self._draw(PROFILING_ROWS), ends])
         masks = sampled_masks(chosen, plan.bounds, plan.positions)[0]  # [3, R, S]
-        given = sparse.sparse_attention(q, k, v, plan, self.rows)[0, chosen].float()  # [R, H, D]
+        output, _ = sparse.sparse_attention(q, k, v, plan, self.rows)
+        given = output[0, chosen].float()  # [R, H, D]
         wanted = torch.empty_like(given)
         for head, kind in enumerate(temporal[0].tolist()):
             scores = q[0, chosen, head].float() @ k[0, :, head].float().T / math.sqrt(q.shape[-1])
