@@ -1,4 +1,4 @@
-# make demo | test | check | bench | clean. All but the last set up .venv when it is out of date.
+# make demo | test | fuzz | check | bench | clean. All but the last set up .venv when it is out of date.
 
 PYTHON ?= python3
 # Where torch comes from. Empty is the default package index, whose Linux builds carry CUDA (several
@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 READY := .venv/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test fuzz check bench clean
 
 demo: $(READY)
 	$(BIN)/dicache demo --out demo-output
@@ -17,6 +17,10 @@ demo: $(READY)
 # Not `python -m pytest`: that would make the folder kernels/ importable under its bare name.
 test: $(READY)
 	$(BIN)/pytest -q -m "not gpu and not large"
+
+# The tests that draw their cases, with 20 times as many, and others than in `make test`.
+fuzz: $(READY)
+	DICACHE_FUZZ=20 $(BIN)/pytest -q -m "hypothesis and not gpu"
 
 check: $(READY)
 	$(BIN)/ruff format --check .

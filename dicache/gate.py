@@ -38,11 +38,11 @@ class Gate:
     def decide(self, error: float, gamma: float, leader_reuses: bool | None = None) -> str:
         """ "reuse" or "resume" for a probed step; `accumulated_error` then holds what was compared.
 
-        A non-finite error or gamma resumes. Else, where another gate leads, its answer is taken.
-        Call `finish` when the step is done.
+        A non-finite error or gamma resumes, and so does the step after `max_consecutive_reuse`.
+        Else, where another gate leads, its answer is taken. Call `finish` when the step is done.
         """
         self.accumulated_error += error
-        if not (math.isfinite(error) and math.isfinite(gamma)):
+        if not (math.isfinite(error) and math.isfinite(gamma)) or self._is_at_limit:
             return "resume"
         reuses = self.may_reuse() if leader_reuses is None else leader_reuses
         return "reuse" if reuses else "resume"
@@ -52,12 +52,17 @@ class Gate:
         config = self.config
         if config.schedule is not None:
             return True
-        limit = config.max_consecutive_reuse
-        if limit is not None and self.consecutive_reuse >= limit:
+        if self._is_at_limit:
             return False
         assert config.threshold is not None  # __init__ refuses it
         equal = config.reuse_at_threshold and self.accumulated_error == config.threshold
         return equal or self.accumulated_error < config.threshold
+
+    @property
+    def _is_at_limit(self) -> bool:
+        """Whether so many steps in a row were reused that the next one has to be computed."""
+        limit = self.config.max_consecutive_reuse
+        return limit is not None and not self.config.schedule and self.consecutive_reuse >= limit
 
     def finish(self, reused: bool) -> None:
         """Count a reused step, or start anew after a computed one."""

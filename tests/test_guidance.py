@@ -81,6 +81,17 @@ def test_a_branch_that_is_called_in_some_steps_only_follows_in_those() -> None:
     assert {mine for mine, _ in others} == {"reuse", "resume"}
 
 
+def test_no_branch_reuses_more_steps_in_a_row_than_the_limit_allows() -> None:
+    """Also where it is called only in steps that the first branch reuses."""
+    session = session_with("shared", threshold=math.inf, max_consecutive_reuse=1)
+    for index in range(8):
+        step(session, "cond", index, branch(index, 0.01))
+        if index == 0 or index % 2 == 1:
+            step(session, "uncond", index, branch(index, 0.01))
+    assert schedule(session.stats.contexts["cond"]) == "CRcRcRcR"
+    assert schedule(session.stats.contexts["uncond"]) == "CRcRc"
+
+
 def test_a_schedule_is_each_contexts_own() -> None:
     session, taken = session_with("shared", schedule="CCRCRR"), []
     for index in range(6):

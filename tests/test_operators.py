@@ -16,7 +16,8 @@ import sys
 import emulated_cuda
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from fuzzing import draws
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from operator_cases import SENTINEL, Case, Layout, cases
 from torch import Tensor
@@ -27,9 +28,8 @@ from dicache import DiCacheConfig, DiCacheSession, ops, reference
 CHAIN = 512
 EPSILON = 2.0**-24
 
-FUZZ = settings(
-    max_examples=60,
-    deadline=None,
+FUZZ = draws(
+    60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

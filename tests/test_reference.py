@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dicache import reference
@@ -48,7 +49,7 @@ def tolerance(dtype):
     return 1e-12 if dtype == torch.float64 else 1e-4
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40)
 @given(
     batch=st.integers(1, 3),
     sequence=st.integers(1, 9),
@@ -100,7 +101,7 @@ def test_probe_statistics(batch, sequence, width, dtype, minus):
     assert torch.equal(x_prev, x if minus else before["x_prev"])
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40)
 @given(
     batch=st.integers(1, 3),
     sequence=st.integers(1, 9),

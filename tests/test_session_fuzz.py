@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from fuzzing import draws
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
@@ -93,14 +93,15 @@ class PlainSession:
     def decides_to_reuse(self, context: PlainContext, error: float) -> bool:
         config = self.config
         context.accumulated += error
+        if config.schedule is not None:  # each branch's own, also with shared decisions
+            return True
+        limit = config.max_consecutive_reuse
+        if limit is not None and context.in_a_row >= limit:
+            return False
         leader = next(iter(self.contexts.values()))
         leads = leader is context or leader.index != context.index + 1
         if config.cfg == "shared" and not leads:
             return leader.in_a_row > 0
-        if config.schedule is not None:
-            return True
-        if config.max_consecutive_reuse == context.in_a_row:
-            return False
         assert config.threshold is not None
         return context.accumulated < config.threshold
 
@@ -278,4 +279,4 @@ class SessionMachine(RuleBasedStateMachine):
 
 
 TestSession = SessionMachine.TestCase
-TestSession.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSession.settings = draws(60, stateful_step_count=40)

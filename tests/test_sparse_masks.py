@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
@@ -60,7 +61,7 @@ def chosen(counts: Tensor, indices: Tensor) -> Tensor:
     return blocks
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60)
 @given(geometries())
 def test_the_blocks_and_the_mask_function_are_the_dense_mask(case):
     bounds, length, block_size = make(case)
@@ -99,7 +100,7 @@ def test_the_tables_are_those_that_torch_finds_by_trying_every_pair():
         assert torch.equal(getattr(mask, name), getattr(wanted, name)), name
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60)
 @given(geometries())
 def test_the_kept_share_is_the_density(case):
     """One place of W more would be too many, unless W is 0 or all is kept; counts are exact."""
