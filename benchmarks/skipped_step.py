@@ -146,7 +146,7 @@ def make_models(stamps: TimeStamps) -> dict[str, Any]:
 def _stamp_cached(model: Any, stamps: TimeStamps) -> None:
     hook = model._diffusers_hook.get_hook("dicache")
     hook.fn_ref.forward = stamps.around(hook.fn_ref.forward, "open the step", "head")
-    first, last = hook.cache.block_calls[0], hook.cache.block_calls[-1]
+    first, last = hook.owner.block_calls[0], hook.owner.block_calls[-1]
     first.inner = stamps.around(first.inner, "take x and p", "probe block")
     corners = ((first, "embeddings", "gate"), (last, "pass through", "hand out"))
     for call, before, inside in corners:

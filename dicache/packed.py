@@ -185,6 +185,10 @@ class PackedTrajectory(Trajectory):
         self._packs = True
         self._changed = False  # whether the buffers hold what was not packed yet
 
+    @property
+    def _packed(self) -> list[PackedBuffer]:
+        return [*self._packed_probes, self._packed_residuals]
+
     def fetch(self) -> None:
         """Begin to bring back what `statistics` is going to need."""
         for packed in self._packed_probes:
@@ -234,7 +238,7 @@ class PackedTrajectory(Trajectory):
 
     def split(self) -> None:
         """See `Trajectory.split`; views are made of buffers that have their memory."""
-        for packed in (*self._packed_probes, self._packed_residuals):
+        for packed in self._packed:
             packed.make_room()
         super().split()
         self._empty_all()
@@ -259,24 +263,23 @@ class PackedTrajectory(Trajectory):
 
     @property
     def num_bytes(self) -> int:
-        packed = [*self._packed_probes, self._packed_residuals]
         small = (self.newest, self.entry_sums, self._workspace)
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in small)
-        return num_bytes + sum(each.num_bytes for each in packed)
+        return num_bytes + sum(packed.num_bytes for packed in self._packed)
 
     def _fill_all(self) -> None:
         """For a record; `end_step` packs what it left."""
         self._changed = True
-        for packed in (*self._packed_probes, self._packed_residuals):
+        for packed in self._packed:
             packed.fill()
 
     def _empty_all(self) -> None:
-        for packed in (*self._packed_probes, self._packed_residuals):
+        for packed in self._packed:
             packed.empty()
 
     def _pack_all(self) -> None:
         """Pack and empty all buffers, and add up the entries as they are going to be read."""
-        for packed in (*self._packed_probes, self._packed_residuals):
+        for packed in self._packed:
             packed.save()
         if not self._packed_probes[0].is_exact:
             self._packed_probes[0].round()

@@ -176,7 +176,7 @@ def test_nothing_is_kept_where_nobody_asks():
     model = build("wan")
     apply_sparse_videogen(model, changed())
     outputs(model, video("wan"))
-    part = model._diffusers_hook.get_hook("sparse_videogen").part
+    part = model._diffusers_hook.get_hook("sparse_videogen").owner
     assert part.recorder is None and all(each.heads is None for each in part.processors)
     with pytest.raises(ValueError, match="WanTransformer3DModel has no statistics.*stats=True"):
         get_sparse_videogen_stats(model)

@@ -273,7 +273,7 @@ def test_gradients_are_recorded_through_full_attention():
 
 
 def part_of(model: nn.Module) -> Any:
-    return model._diffusers_hook.get_hook("sparse_videogen").part  # type: ignore[union-attr]
+    return model._diffusers_hook.get_hook("sparse_videogen").owner  # type: ignore[union-attr]
 
 
 def test_a_sequence_that_is_split_over_devices_is_dense_with_a_warning():

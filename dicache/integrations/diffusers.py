@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_eval_frame
@@ -31,6 +30,7 @@ from .bypass import Bypass, twin_class
 from .calls import CallTracker
 from .compiling import compiled_like, under
 from .families import BlockStack, ModelFamily, find_family, supported_families
+from .root_hook import RootHook, find_root_hook
 from .rows import Rows, UnknownRowsError
 
 _HOOK = "dicache"
@@ -57,7 +57,7 @@ def remove(model: Any) -> None:
             stacklevel=3,
         )
     for hook in found.values():
-        hook.cache.detach()
+        hook.owner.detach()
 
 
 def sessions(model: Any) -> dict[str, DiCacheSession]:
@@ -67,7 +67,7 @@ def sessions(model: Any) -> dict[str, DiCacheSession]:
         raise ValueError(
             f"There is no DiCache on this {type(model).__name__}. Call apply_dicache first."
         )
-    return {name: hook.cache.session for name, hook in found.items()}
+    return {name: hook.owner.session for name, hook in found.items()}
 
 
 def is_pipeline(model: Any) -> bool:
@@ -86,6 +86,12 @@ def components_of(model: Any) -> dict[str, Any]:
     return found
 
 
+def needs_gradients(transformer: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether gradients of the model or of these tokens are asked for, where they are enabled."""
+    parameters = transformer.parameters()
+    return hidden_states.requires_grad or any(each.requires_grad for each in parameters)
+
+
 def _transformers(model: Any) -> dict[str, nn.Module]:
     """The supported transformers among a model's components."""
     parts = components_of(model)
@@ -101,15 +107,10 @@ def _transformers(model: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _root_hooks(model: Any) -> dict[str, _RootHook]:
+def _root_hooks(model: Any) -> dict[str, RootHook]:
     """Our hooks on a model's components, whether or not their family is still registered."""
-    found = {name: _root_hook(part) for name, part in components_of(model).items()}
+    found = {name: find_root_hook(part, _HOOK) for name, part in components_of(model).items()}
     return {name: hook for name, hook in found.items() if hook is not None}
-
-
-def _root_hook(module: Any) -> _RootHook | None:
-    registry = getattr(module, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook(_HOOK)
 
 
 class _TransformerCache:
@@ -174,13 +175,11 @@ class _TransformerCache:
             self._compile = compiled_like(self._compiled_before)
             if self._compile is None:  # first of all: a warning may be made an error
                 self._warn_of_plain_blocks()
-        registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
-        registry.register_hook(_RootHook(self), _HOOK)
-        self._root_forward = self.transformer.forward
+        self._hook = RootHook(self, self.calls, self.calls.reset)
+        self._hook.put_on(self.transformer, _HOOK)
         for call in self.block_calls:
             call.install(self._compile)
         self._take_root_call()
-        registry.invalidate_child_registries_cache()
         self.transformer._cache_config = self.config  # type: ignore[assignment]
 
     def _warn_of_plain_blocks(self) -> None:
@@ -202,22 +201,8 @@ class _TransformerCache:
         _put_back(self.transformer, self._compiled_before)
         del self.transformer.compile  # the instance's; the class has its own
         del self.transformer.__reduce_ex__
-        registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
-        forward = self.transformer.forward
-        registry.remove_hook(_HOOK, recurse=False)
-        if forward is not self._root_forward:  # put on after ours: the registry does not know it
-            self.transformer.forward = forward
-        registry.invalidate_child_registries_cache()
-        self._leave_no_attributes(registry)
-
-    def _leave_no_attributes(self, registry: HookRegistry) -> None:
-        """What was not there before is not there after, unless somebody else uses it by now."""
-        attributes = vars(self.transformer)
-        if getattr(attributes.get("forward"), "__func__", None) is type(self.transformer).forward:
-            del attributes["forward"]
-        if not registry.hooks:
-            del attributes["_diffusers_hook"]
-        attributes.pop("_cache_config", None)
+        self._hook.take_off(self.transformer, _HOOK)
+        vars(self.transformer).pop("_cache_config", None)
 
     def _take_root_call(self) -> None:
         """Steps are opened and closed around the transformer's call, outside of its `forward`.
@@ -324,7 +309,7 @@ class _TransformerCache:
 
     def enter_blocks(self, hidden_states: Tensor) -> None:
         """Note the tokens that enter block 0."""
-        if torch.is_grad_enabled() and self._needs_gradients(hidden_states):
+        if torch.is_grad_enabled() and needs_gradients(self.transformer, hidden_states):
             self._leave_step_to_gradients()
             return
         self.x, self.num_tokens = hidden_states, hidden_states.shape[1]
@@ -341,10 +326,6 @@ class _TransformerCache:
         )
         self.step.close()
         self.x = None
-
-    def _needs_gradients(self, hidden_states: Tensor) -> bool:
-        parameters = self.transformer.parameters()
-        return hidden_states.requires_grad or any(each.requires_grad for each in parameters)
 
     def after_probe(self, p: Tensor) -> None:
         """Take the decision; on a computed step move x and p into the cache's buffers."""
@@ -385,7 +366,7 @@ class _TransformerCache:
 
     def _check(self) -> None:
         name = type(self.transformer).__name__
-        if _root_hook(self.transformer) is not None:
+        if find_root_hook(self.transformer, _HOOK) is not None:
             raise ValueError(f"This {name} has DiCache already. Call remove_dicache first.")
         other = getattr(self.transformer, "_cache_config", None)
         if other is not None:
@@ -415,23 +396,6 @@ def _with_threshold(
         own = getattr(transformer, "config", {}).get("_dicache_threshold")
         threshold = family.default_threshold if own is None else own
     return replace(config, threshold=threshold)
-
-
-class _RootHook(ModelHook):
-    """What diffusers finds on the transformer: the pipeline's context, and the reset at its end."""
-
-    _is_stateful = True
-
-    def __init__(self, cache: _TransformerCache) -> None:
-        super().__init__()
-        self.cache = cache
-        self.context = cache.calls.context
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """Called by the pipeline when it ends."""
-        self.cache.calls.reset()
-        self.context.reset()
-        return module
 
 
 class _BlockCall:

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from .. import phase
 from ..config import DiCacheConfig
 from ..integrations import find_family
 from ..integrations.calls import CallTracker
-from ..integrations.diffusers import components_of, is_pipeline
+from ..integrations.diffusers import components_of, is_pipeline, needs_gradients
+from ..integrations.root_hook import RootHook, find_root_hook
 from ..session import DiCacheSession, DiCacheWarning
 from .attention import Plan
 from .config import SparseVideoGenConfig
@@ -53,7 +53,8 @@ def apply(model: Any, config: SparseVideoGenConfig | None = None) -> None:
 
 def remove(model: Any) -> None:
     """See `dicache.remove_sparse_videogen`."""
-    found = [hook for hook in map(_root_hook, components_of(model).values()) if hook is not None]
+    hooks = [find_root_hook(part, _HOOK) for part in components_of(model).values()]
+    found = [hook for hook in hooks if hook is not None]
     if not found:
         warnings.warn(
             f"There is no Sparse VideoGen on this {type(model).__name__}, so nothing was removed.",
@@ -61,13 +62,13 @@ def remove(model: Any) -> None:
             stacklevel=3,
         )
     for hook in found:
-        hook.part.detach()
+        hook.owner.detach()
 
 
 def get_stats(model: Any) -> dict[str, SparseVideoGenStats]:
     """See `dicache.get_sparse_videogen_stats`; a bare transformer's name is "transformer"."""
-    hooks = {name: _root_hook(part) for name, part in components_of(model).items()}
-    recorders = {name: hook.part.recorder for name, hook in hooks.items() if hook is not None}
+    hooks = {name: find_root_hook(part, _HOOK) for name, part in components_of(model).items()}
+    recorders = {name: hook.owner.recorder for name, hook in hooks.items() if hook is not None}
     found = {name: each.stats() for name, each in recorders.items() if each is not None}
     if not found:
         missing = "statistics" if recorders else "Sparse VideoGen"
@@ -90,28 +91,6 @@ def _transformers(model: Any) -> list[nn.Module]:
             f"transformers: {', '.join(supported_classes())}."
         )
     return found
-
-
-def _root_hook(module: Any) -> _RootHook | None:
-    registry = getattr(module, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook(_HOOK)
-
-
-class _RootHook(ModelHook):
-    """What diffusers finds on the transformer: the pipeline's context, and the reset at its end."""
-
-    _is_stateful = True
-
-    def __init__(self, part: _SparseTransformer) -> None:
-        super().__init__()
-        self.part = part
-        self.context = part.calls.context
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """Called by the pipeline when it ends."""
-        self.part.reset()
-        self.context.reset()
-        return module
 
 
 @dataclass(frozen=True)
@@ -170,10 +149,8 @@ class _SparseTransformer:
 
     def attach(self) -> None:
         """Put the processors in and hook the transformer's calls."""
-        registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
-        registry.register_hook(_RootHook(self), _HOOK)
-        self._root_forward = self.transformer.forward
-        registry.invalidate_child_registries_cache()
+        self._hook = RootHook(self, self.calls, self.reset)
+        self._hook.put_on(self.transformer, _HOOK)
         for attention, processor in zip(self.attentions, self.processors, strict=True):
             attention.set_processor(processor)
         self._handles = (
@@ -189,17 +166,7 @@ class _SparseTransformer:
         for attention, processor in zip(self.attentions, self.processors, strict=True):
             if attention.processor is processor:  # else somebody put in another one meanwhile
                 attention.set_processor(processor.dense)
-        registry = HookRegistry.check_if_exists_or_initialize(self.transformer)
-        forward = self.transformer.forward
-        registry.remove_hook(_HOOK, recurse=False)
-        if forward is not self._root_forward:  # put on after ours: the registry does not know it
-            self.transformer.forward = forward
-        registry.invalidate_child_registries_cache()
-        attributes = vars(self.transformer)
-        if getattr(attributes.get("forward"), "__func__", None) is type(self.transformer).forward:
-            del attributes["forward"]
-        if not registry.hooks:
-            del attributes["_diffusers_hook"]
+        self._hook.take_off(self.transformer, _HOOK)
         phase.forget(self.transformer)
 
     def _refuse_copy(self, *_: Any) -> Any:
@@ -307,7 +274,7 @@ class _SparseTransformer:
             return False
         if self._is_leading(index):
             return False
-        if torch.is_grad_enabled() and self._needs_gradients(call.hidden_states):
+        if torch.is_grad_enabled() and needs_gradients(self.transformer, call.hidden_states):
             self.session.warn(
                 "gradients",
                 "Gradients are recorded, and sparse attention has none to give, so attention is "
@@ -338,10 +305,6 @@ class _SparseTransformer:
             )
             return True
         return index < math.floor(share * steps + 0.5)
-
-    def _needs_gradients(self, hidden_states: Tensor) -> bool:
-        parameters = self.transformer.parameters()
-        return hidden_states.requires_grad or any(each.requires_grad for each in parameters)
 
     def _plan(self, call: _Call) -> Plan:
         """The plan for this geometry and these prompts, which the calls of a run share."""
@@ -386,7 +349,7 @@ class _SparseTransformer:
 
     def _check(self, attentions: list[Any]) -> None:
         name, family = type(self.transformer).__name__, self.family
-        if _root_hook(self.transformer) is not None:
+        if find_root_hook(self.transformer, _HOOK) is not None:
             raise ValueError(
                 f"This {name} has Sparse VideoGen already. Call remove_sparse_videogen first."
             )

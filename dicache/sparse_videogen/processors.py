@@ -17,6 +17,14 @@ from .attention import Plan, sparse_attention
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
+def _of_dense(name: str) -> Any:
+    """An attribute that lives on the processor that was there before."""
+    return property(
+        lambda self: getattr(self.dense, name),
+        lambda self, value: setattr(self.dense, name, value),
+    )
+
+
 class SparseProcessor:
     """Base of the processors of single families.
 
@@ -40,23 +48,9 @@ class SparseProcessor:
         self.records = False
         self.heads: Tensor | None = None
 
-    @property
-    def _attention_backend(self) -> Any:
-        """What `set_attention_backend` of a model sets on its processors."""
-        return self.dense._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self.dense._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> Any:
-        """What `enable_parallelism` of a model sets on its processors."""
-        return self.dense._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self.dense._parallel_config = config
+    # What a model's `set_attention_backend` and `enable_parallelism` set on its processors.
+    _attention_backend = _of_dense("_attention_backend")
+    _parallel_config = _of_dense("_parallel_config")
 
     def _fitting_plan(self, tokens: Tensor, text: int = 0) -> Plan | None:
         """The plan, if it is for these tokens [B, S, D] and as many text tokens behind them.
