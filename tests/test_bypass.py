@@ -27,26 +27,40 @@ def in_the_head(model: nn.Module, look: Any) -> None:
     model.norm_out.register_forward_pre_hook(lambda *_: look())
 
 
+def behind_the_decision(model: nn.Module, look: Any) -> None:
+    """Call `look` in the model's loop, where a reused step begins to leave out blocks."""
+    cache = model._diffusers_hook.get_hook("dicache").owner  # type: ignore[union-attr]
+    take = cache.after_probe
+
+    def after_probe(p: torch.Tensor) -> None:
+        take(p)
+        look()
+
+    cache.after_probe = after_probe
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whoever_looks_at_the_model_in_a_reused_step_sees_its_blocks(family: str) -> None:
     model, seen = build(family), []
     own = blocks(family, model)
-    expected = [(name, id(value)) for name, value in model.state_dict(keep_vars=True).items()]
+    tensors = [(name, id(value)) for name, value in model.state_dict(keep_vars=True).items()]
     kinds = [type(block) for block in own]
 
     def look() -> None:
-        tensors = model.state_dict(keep_vars=True)
-        named = [(name, id(value)) for name, value in tensors.items()] == expected
+        found = model.state_dict(keep_vars=True)
+        named = [(name, id(value)) for name, value in found.items()] == tensors
         now = blocks(family, model)
         alike = all(isinstance(each, kind) for each, kind in zip(now, kinds, strict=True))
         seen.append((named, alike, sum(a is b for a, b in zip(now, own, strict=True))))
 
     apply_dicache(model, ALWAYS)
     in_the_head(model, look)
+    if family == "wan":  # its only list holds twins between the decision and the last block
+        behind_the_decision(model, look)
     run(model, calls(family, 3))
-    computed, *reused = seen
-    assert computed == (True, True, len(own))
-    assert reused == [(True, True, 2)] * 2  # the probe's block and the last one are themselves
+    whole, twins = (True, True, len(own)), (True, True, 2)  # without the first and the last
+    expected = [whole, whole, twins, whole, twins, whole] if family == "wan" else [whole] * 3
+    assert seen == expected
     assert all(a is b for a, b in zip(blocks(family, model), own, strict=True))
 
 
@@ -92,6 +106,38 @@ def test_a_model_that_took_its_blocks_before_the_decision_skips_them_all_the_sam
     assert get_stats(model).block_calls == len(ran)
 
 
+def lengths_in_reused_steps(family: str, model: nn.Module) -> list[int]:
+    """How many blocks the second list holds behind the decision, in each of two reused steps."""
+    seen: list[int] = []
+    apply_dicache(model, ALWAYS)
+    behind_the_decision(model, lambda: seen.append(len(model.single_transformer_blocks)))
+    run(model, calls(family, 3))
+    return seen[1:]
+
+
+@pytest.mark.parametrize("family", ["flux", "hunyuan-video"])
+def test_a_list_whose_loop_has_not_begun_holds_the_last_block_alone(family: str) -> None:
+    model = build(family)
+    own = [*model.single_transformer_blocks]
+    assert lengths_in_reused_steps(family, model) == [1, 1]
+    assert [*model.single_transformer_blocks] == own
+
+
+def test_a_list_that_somebody_may_count_stays_as_long_as_it_is() -> None:
+    class Counting(type(build("flux"))):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    subclass, patched = build("flux"), build("flux")
+    subclass.__class__ = Counting
+    forward = patched.forward
+    patched.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    for model in (subclass, patched):
+        length = len(model.single_transformer_blocks)
+        assert length > 1
+        assert lengths_in_reused_steps("flux", model) == [length, length]
+
+
 class _Cache:
     skips = True
 
@@ -113,7 +159,7 @@ def bypass_of(blocks: nn.ModuleList, *chosen: nn.Module) -> tuple[Bypass, _Cache
 def test_arguments_come_back_by_name_and_by_position() -> None:
     blocks = nn.ModuleList([_Add()])
     bypass, _ = bypass_of(blocks, blocks[0])
-    bypass.begin()
+    bypass.begin({})
     twin = blocks[0]
     assert twin(1, 2, temb=3) == twin(1, temb=3, text=2) == twin(text=2, x=1) == (2, 1)
 
@@ -121,7 +167,7 @@ def test_arguments_come_back_by_name_and_by_position() -> None:
 def test_a_twin_that_somebody_kept_is_the_block_when_nothing_is_skipped() -> None:
     blocks = nn.ModuleList([_Add()])
     bypass, cache = bypass_of(blocks, blocks[0])
-    bypass.begin()
+    bypass.begin({})
     kept = blocks[0]
     cache.skips = False
     assert kept(1) == ("ran", 1)
@@ -132,17 +178,33 @@ def test_a_list_that_changed_is_left_alone() -> None:
     blocks = nn.ModuleList([first, second])
     bypass, _ = bypass_of(blocks, second)
     del blocks[0]  # the second one is the first by name now
-    bypass.begin()
+    bypass.begin({})
     assert blocks[0] is second
     bypass.end()
     assert [*blocks] == [second]
+
+
+def test_a_short_list_holds_what_runs_unless_a_call_counts_its_blocks() -> None:
+    own = [_Add(), _Add(), _Add()]
+    blocks = nn.ModuleList(own)
+    kind = twin_class(_Add, _Cache(), ("x",), ("x", "text", "temb"))
+    bypass = Bypass(blocks, {_Add: kind}, set(own[:2]), counted_for=("residuals",))
+    for arguments, length in (({}, 1), ({"residuals": None}, 1), ({"residuals": 1}, 3)):
+        bypass.begin(arguments)
+        bypass.begin(arguments)  # an interrupt kept the first one from its end
+        assert len(blocks) == length
+        assert [*blocks][-1] is own[-1]
+        bypass.end()
+        bypass.end()
+        assert [*blocks] == own
+        assert [*blocks.state_dict()] == [*nn.ModuleList(own).state_dict()]
 
 
 def test_what_is_changed_while_twins_are_there_stays_changed() -> None:
     first, second, third, new = _Add(), _Add(), _Add(), _Add()
     blocks = nn.ModuleList([first, second, third])
     bypass, _ = bypass_of(blocks, first, second, third)
-    bypass.begin()
+    bypass.begin({})
     blocks[1] = new
     del blocks[0]
     bypass.end()
@@ -153,8 +215,8 @@ def test_ending_twice_and_beginning_over_an_unended_one_loses_nothing() -> None:
     own = [_Add(), _Add()]
     blocks = nn.ModuleList(own)
     bypass, _ = bypass_of(blocks, own[0])
-    bypass.begin()
-    bypass.begin()  # an interrupt kept the first one from its end
+    bypass.begin({})
+    bypass.begin({})  # an interrupt kept the first one from its end
     bypass.end()
     bypass.end()
     assert [*blocks] == own

@@ -81,6 +81,14 @@ def test_a_skipped_step_adds_less_than_half_of_first_block_caches_calls(family: 
     assert get_stats(ours).num_reused == 3
 
 
+@pytest.mark.parametrize("family", REAL_DEPTH)
+def test_blocks_behind_the_probes_list_cost_a_skipped_step_no_call(family: str) -> None:
+    short, deep = (build(family, num_layers=2, num_single_layers=n) for n in (2, 40))
+    for model in (short, deep):
+        apply_dicache(model, ALWAYS)
+    assert python_calls(family, short) == python_calls(family, deep)
+
+
 @pytest.mark.parametrize("family", ["flux", "hunyuan-video", "wan"])
 def test_a_skipped_step_dispatches_two_operators_beside_its_probe(family: str) -> None:
     model, probe_alone = build(family), build(family)

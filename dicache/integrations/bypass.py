@@ -1,4 +1,4 @@
-"""What a model's block lists hold while a step is reused: twins of the blocks that are left out.
+"""What a model's block lists hold while a step is reused: not the blocks that are left out.
 
 Calling a module takes torch a microsecond even where nothing happens, and a model has up to a
 hundred blocks. So between the decision to reuse and the end of the call the lists hold twins. A
@@ -6,7 +6,10 @@ twin is of its block's class and shares its attributes: whoever looks at it sees
 calling it is another thing, and returns the arguments that the block would have changed; a twin
 that somebody kept is the block again as soon as nothing is skipped.
 
-Twins are a shortcut. Where one cannot stand for its block, or a list is not what it was when the
+A list that the model has not begun to loop over can be shorter still, and hold only what runs, if
+the model does not count its blocks.
+
+Both are shortcuts. Where a twin cannot stand for its block, or a list is not what it was when the
 cache was applied, the blocks stay, and their own calls pass the input through.
 """
 
@@ -25,15 +28,23 @@ class Skips(Protocol):
 
 
 class Bypass:
-    """The twins of some blocks of one list.
+    """What one list holds instead of some of its blocks.
 
     Args:
         blocks: The list. Where it is no `nn.ModuleList`, nothing is ever exchanged.
         classes: The classes of twins by those of the blocks, from `twin_class`.
-        chosen: The blocks that get a twin.
+        chosen: The blocks that are passed by.
+        counted_for: Arguments of the model's call. Where none of them is given, the model calls the
+            list's blocks and does nothing else, so that they may be missing. `None`: never.
     """
 
-    def __init__(self, blocks: Any, classes: dict[type, type], chosen: set[nn.Module]) -> None:
+    def __init__(
+        self,
+        blocks: Any,
+        classes: dict[type, type],
+        chosen: set[nn.Module],
+        counted_for: tuple[str, ...] | None = None,
+    ) -> None:
         self._list = blocks
         self._blocks = dict(blocks._modules) if isinstance(blocks, nn.ModuleList) else {}
         self._twins = {
@@ -45,19 +56,33 @@ class Bypass:
         self._before = [*self._blocks.values()]
         self._after = [*{**self._blocks, **self._twins}.values()]
 
-    def begin(self) -> None:
-        """Put the twins into the list; the model may be iterating over it."""
+        self._counted_for = counted_for
+        self._rest = {name: b for name, b in self._blocks.items() if b not in chosen}
+        self._whole: dict[str, Any] = {}  # what the list holds, as long as it is short
+
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """Take the blocks out, in a call with these arguments; the model may be in its loop."""
         if not self._twins:
             return
         modules = self._list._modules
-        if [*modules.values()] == self._before:  # else somebody changed it
+        if [*modules.values()] != self._before:  # somebody changed it
+            return
+        if self._counted_for is None or any(
+            arguments.get(n) is not None for n in self._counted_for
+        ):
             modules.update(self._twins)
+        else:  # in one assignment, which no interrupt can cut in two
+            self._whole = modules
+            vars(self._list)["_modules"] = self._rest
 
     def end(self) -> None:
         """Put the blocks back."""
         if not self._twins:
             return
         modules = self._list._modules
+        if modules is self._rest:
+            vars(self._list)["_modules"] = self._whole
+            return
         if [*modules.values()] == self._after:
             modules.update(self._blocks)
             return

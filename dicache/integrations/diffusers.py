@@ -137,6 +137,7 @@ class _TransformerCache:
         self.x: Tensor | None = None  # [B, S, D] tokens before block 0, as long as needed
         self.p: Tensor | None = None  # [B, S, D] tokens after the probe
         self.num_tokens = 0
+        self.arguments: dict[str, Any] = {}  # of the transformer's call, by name
         self.skips = False  # whether blocks pass their input through, after the decision to reuse
         self.rows: Rows | None = None  # the samples that blocks run for, if not for all
         corners = {0, config.probe_depth - 1, len(self.blocks) - 1}
@@ -153,8 +154,10 @@ class _TransformerCache:
         self.bypasses = self._make_bypasses(family)
 
     def _make_bypasses(self, family: ModelFamily) -> list[Bypass]:
-        """For each list of blocks, twins of those between the probe and the last block."""
+        """For each list of blocks, what it holds instead of those behind the probe but the last."""
         corners = {call.block for call in self.corner_calls}
+        probe = {call.stack.attribute for call in self.block_calls[: self.config.probe_depth]}
+        is_known = _runs_its_own_forward(self.transformer, family)
         bypasses = []
         for stack in family.stacks:
             calls = [each for each in self.block_calls if each.stack is stack]
@@ -165,7 +168,10 @@ class _TransformerCache:
                     made = twin_class(kind, self, stack.outputs, tuple(call.places))
                     classes |= {} if made is None else {kind: made}
             chosen = {call.block for call in calls} - corners
-            bypasses.append(Bypass(getattr(self.transformer, stack.attribute), classes, chosen))
+            may_be_short = is_known and stack.attribute not in probe
+            counted_for = stack.counted_for if may_be_short else None
+            blocks = getattr(self.transformer, stack.attribute)
+            bypasses.append(Bypass(blocks, classes, chosen, counted_for))
         return bypasses
 
     def attach(self) -> None:
@@ -195,7 +201,7 @@ class _TransformerCache:
     def detach(self) -> None:
         """Give the calls back and free the state."""
         self.calls.reset()
-        self._end_skipping()
+        self.end_skipping()
         for call in self.block_calls:
             call.uninstall()
         _put_back(self.transformer, self._compiled_before)
@@ -240,12 +246,13 @@ class _TransformerCache:
 
     def _run_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.skips:  # an interrupt came while the last step was put away
-            self._end_skipping()
+            self.end_skipping()
         for call in self.corner_calls:
             if call.block._compiled_call_impl is not call.call:
                 self._install_again()  # compiled since the last step
                 break
         named = {**dict(zip(self._parameters, args, strict=False)), **kwargs} if args else kwargs
+        self.arguments = named
         timestep, text = named.get("timestep"), named.get("encoder_hidden_states")
         self.step = step = self.calls.open_step(timestep, text)
         try:
@@ -258,11 +265,13 @@ class _TransformerCache:
             raise
         finally:
             if self.skips:
-                self._end_skipping()
+                self.end_skipping()
             self.step = self.x = self.p = self.rows = None
+            self.arguments = {}
         return output
 
-    def _end_skipping(self) -> None:
+    def end_skipping(self) -> None:
+        """Put the blocks back into their lists."""
         for bypass in self.bypasses:
             bypass.end()
         self.skips = False
@@ -341,7 +350,7 @@ class _TransformerCache:
             self.rows = Rows(step.rows, p)
         if self.skips:
             for bypass in self.bypasses:
-                bypass.begin()
+                bypass.begin(self.arguments)
         else:
             self.x, self.p = step.hold(self.x, p)
         self.count(self.config.probe_depth, p.shape[0])  # now: hold may have begun a run
@@ -533,6 +542,7 @@ class _CornerCall(_BlockCall):
             values = {name: self.argument(name, args, kwargs) for name in self.names}
         step, x = self.cache.step, self.cache.x
         assert step is not None and x is not None  # set by block 0 of this call
+        self.cache.end_skipping()  # the model's head, and hooks behind it, find all blocks there
         return self._with_tokens(values, step.reuse(x))
 
     def _with_tokens(self, values: dict[str, Any], y: Tensor) -> Any:
@@ -555,6 +565,15 @@ def _put_back(module: nn.Module, compiled: Callable[..., Any] | None) -> None:
     vars(module).pop("_compiled_call_impl", None)
     if compiled is not None:
         module._compiled_call_impl = compiled
+
+
+def _runs_its_own_forward(transformer: nn.Module, family: ModelFamily) -> bool:
+    """Whether this `forward` is the one that the family's row was written for.
+
+    Neither a subclass's nor one that somebody else put there; offloading, which wraps it, is fine.
+    """
+    kind, module = type(transformer), getattr(transformer.forward, "__module__", None)
+    return kind.__name__ == family.model_class and module == kind.__module__
 
 
 def _places(block: nn.Module) -> dict[str, int]:

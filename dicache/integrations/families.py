@@ -53,6 +53,10 @@ class BlockStack:
         per_sample: Names of the arguments whose tensors have a row a sample, so that a part of a
             batch can be run; `name.key` is an entry of a dictionary. Tensors may lie in lists,
             tuples and dictionaries. One with a single row is shared by all samples.
+        counted_for: Arguments of the model's call for which its loop over this list does more than
+            to call the blocks: adds a ControlNet's residuals, say. Where none of them is given, a
+            reused step leaves the blocks out of the list, if that loop has not begun. `None`
+            promises nothing: such a step calls something in the place of every block.
     """
 
     attribute: str
@@ -60,6 +64,7 @@ class BlockStack:
     hidden_states: str = HIDDEN
     text_in_front: bool = False
     per_sample: tuple[str, ...] = PER_SAMPLE
+    counted_for: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,11 @@ _FAMILIES = {
             "FluxTransformer2DModel",
             (
                 BlockStack("transformer_blocks", _TEXT_FIRST),
-                BlockStack("single_transformer_blocks", _TEXT_FIRST),
+                BlockStack(
+                    "single_transformer_blocks",
+                    _TEXT_FIRST,
+                    counted_for=("controlnet_single_block_samples",),
+                ),
             ),
             threshold=0.4,
             alignment_threshold=0.07,
@@ -134,7 +143,7 @@ _FAMILIES = {
             "HunyuanVideoTransformer3DModel",
             (
                 BlockStack("transformer_blocks", _TEXT_LAST),
-                BlockStack("single_transformer_blocks", _TEXT_LAST),
+                BlockStack("single_transformer_blocks", _TEXT_LAST, counted_for=()),
             ),
             threshold=0.1,
             alignment_threshold=0.035,
@@ -163,7 +172,11 @@ _FAMILIES = {
             "ChromaTransformer2DModel",
             (
                 BlockStack("transformer_blocks", _TEXT_FIRST),
-                BlockStack("single_transformer_blocks", text_in_front=True),
+                BlockStack(
+                    "single_transformer_blocks",
+                    text_in_front=True,
+                    counted_for=("controlnet_single_block_samples",),
+                ),
             ),
             threshold=0.4,
             alignment_threshold=0.07,
