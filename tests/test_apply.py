@@ -44,10 +44,14 @@ def actions(model: nn.Module, context: str = "branch0") -> list[str]:
 def test_applying_twice_is_refused_and_keeps_the_first():
     model = build("flux")
     apply_dicache(model, ALWAYS)
-    with pytest.raises(ValueError, match="has DiCache already"):
+    # The words that diffusers' own tests of caches look for, too.
+    twice = pytest.raises(ValueError, match="Caching has already been enabled.*DiCache.*remove_dic")
+    with twice:
         apply_dicache(model, DiCacheConfig())
-    with pytest.raises(ValueError, match="has DiCache already"):
+    with twice:
         apply_dicache(pipeline("flux", transformer=model))
+    with twice:
+        model.enable_cache(ALWAYS)
     outputs(model, calls("flux", 3))
     assert actions(model) == ["compute", "reuse", "reuse"]
 

@@ -953,7 +953,7 @@ def test_the_switches_of_diffusers_on_every_family(family: str) -> None:
     assert not model.is_cache_enabled
     model.enable_cache(config)
     assert model.is_cache_enabled
-    with pytest.raises(ValueError, match="already"):
+    with pytest.raises(ValueError, match="Caching has already been enabled"):
         model.enable_cache(config)
     for inputs in steps[:2]:
         for name in ("cond", "uncond"):

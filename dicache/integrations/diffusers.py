@@ -375,13 +375,13 @@ class _TransformerCache:
 
     def _check(self) -> None:
         name = type(self.transformer).__name__
-        if find_root_hook(self.transformer, _HOOK) is not None:
-            raise ValueError(f"This {name} has DiCache already. Call remove_dicache first.")
         other = getattr(self.transformer, "_cache_config", None)
-        if other is not None:
-            raise ValueError(
-                f"This {name} is cached with {type(other).__name__}, and two caches do not stack. "
-                f"Call disable_cache() first."
+        if other is not None or find_root_hook(self.transformer, _HOOK) is not None:
+            own = other is None or isinstance(other, DiCacheConfig)
+            raise ValueError(  # diffusers' own begins alike
+                f"Caching has already been enabled on this {name}, with "
+                f"{'DiCache' if own else type(other).__name__}, and two caches do not stack. Call "
+                f"{'remove_dicache(...)' if own else 'disable_cache()'} first."
             )
         if len({id(block) for block, _ in self.blocks}) < len(self.blocks):
             raise ValueError(
