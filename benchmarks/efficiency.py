@@ -19,12 +19,11 @@ import os
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import efficiency_report
-from stages import Outcome, Stage, exit_code, has_gpu, run_stages
+from stages import Outcome, Stage, exit_code, has_gpu, run_stages, tell
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -127,11 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def report(outcome: Outcome) -> None:
         outcomes.append(outcome)
-        print(f"{outcome.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
-        try:
-            write()
-        except Exception:  # what is wrong with a report must not end the measurements
-            traceback.print_exc()
+        tell(outcome, write)
 
     with tempfile.TemporaryDirectory() as scratch:
         environment = imports(Path(scratch))

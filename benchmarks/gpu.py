@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gpu_report
-from stages import Outcome, Stage, exit_code, has_gpu, run_stages
+from stages import Outcome, Stage, exit_code, has_gpu, run_stages, tell
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = str(Path(__file__).resolve().parent / "gpu_tasks.py")
@@ -183,12 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         def report(outcomes: list[Outcome]) -> None:
             count_tests(outcomes, Path(scratch) / "tests.xml")
-            gpu_report.write(outcomes, out, command, args.dry_run)
-            last = outcomes[-1]
-            print(f"{last.name}: {last.status}, {last.seconds:.0f} s", flush=True)
+            tell(outcomes[-1], lambda: gpu_report.write(outcomes, out, command, args.dry_run))
 
         stages = plan(args.dry_run, args.prebuilt, Path(scratch))
         outcomes = run_stages(stages, args.budget, ROOT, report)
+    gpu_report.write(outcomes, out, command, args.dry_run)
     gpu_report.write_plot(outcomes, out / "gpu.png", args.dry_run)
     print((out / "gpu.md").read_text())
     return exit_code(outcomes)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import sparse_report
 from efficiency import imports
-from stages import Outcome, Stage, exit_code, has_gpu, run_stages
+from stages import Outcome, Stage, exit_code, has_gpu, run_stages, tell
 
 FOLDER = Path(__file__).resolve().parent
 BUDGET_SECONDS = 530.0
@@ -67,9 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tiny = args.device == "cpu"
 
     def report(outcomes: list[Outcome]) -> None:
-        last = outcomes[-1]
-        print(f"{last.name}: {last.status}, {last.seconds:.0f} s", flush=True)
-        sparse_report.write(outcomes, out, command, tiny)
+        tell(outcomes[-1], lambda: sparse_report.write(outcomes, out, command, tiny))
 
     with tempfile.TemporaryDirectory() as scratch:
         environment = imports(Path(scratch))
@@ -77,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # also where a GPU is
         stages = plan(args.device, environment)
         outcomes = run_stages(stages, args.budget, FOLDER.parent, report)
+    sparse_report.write(outcomes, out, command, tiny)
     print((out / "sparse.md").read_text())
     return exit_code(outcomes)
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,15 @@ def run_stages(
         outcomes.append(_run(stage, allowed, folder))
         report(outcomes)
     return outcomes
+
+
+def tell(outcome: Outcome, write_report: Callable[[], None]) -> None:
+    """Print what became of a stage and report; a bad report does not end the measurements."""
+    print(f"{outcome.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
+    try:
+        write_report()
+    except Exception:
+        traceback.print_exc()
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:

@@ -166,6 +166,16 @@ def python(code: str) -> list[str]:
 EMIT = "import os; open(os.environ['STAGE_RESULTS'], 'a').write('{}\\n'); "
 
 
+def test_a_bad_report_does_not_end_the_measurements(scripts, capsys) -> None:
+    def write() -> None:
+        raise KeyError("missing figure")
+
+    scripts.stages.tell(scripts.stages.Outcome("first", "passed", 3.2), write)
+    told = capsys.readouterr()
+    assert told.out == "first: passed, 3 s\n"
+    assert "KeyError: 'missing figure'" in told.err
+
+
 def test_a_stage_over_its_limit_is_stopped_and_later_ones_run(scripts, tmp_path: Path) -> None:
     """Its findings up to then count, a half-written one does not, its children end with it."""
     finding = EMIT.format('{"kind": "early"}')
