@@ -13,7 +13,6 @@ explore aside; a missed goal is a finding, not a failure.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import sys
@@ -23,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import efficiency_report
-from stages import Outcome, Stage, exit_code, has_gpu, run_stages, tell
+from stages import Outcome, Stage, exit_code, make_parser, parse, run_stages, tell
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -97,25 +96,11 @@ def imports(scratch: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(kept)}
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds a model")
-    args = parser.parse_args(arguments)
-    if args.device == "cuda" and not has_gpu():
-        parser.error(
-            "torch sees no CUDA device. Run this on a machine with an NVIDIA GPU and a CUDA build "
-            "of torch, or with --device cpu for the same code with tiny models."
-        )
-    return args
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all stages and write the report."""
-    args = parse(arguments)
+    parser = make_parser(__doc__.splitlines()[0], BUDGET_SECONDS, "a model")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    args = parse(parser, arguments)
     out: Path = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     given = sys.argv[1:] if arguments is None else arguments

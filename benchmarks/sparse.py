@@ -13,7 +13,6 @@ failure.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import sparse_report
 from efficiency import imports
-from stages import Outcome, Stage, exit_code, has_gpu, run_stages, tell
+from stages import Outcome, Stage, exit_code, make_parser, parse, run_stages, tell
 
 FOLDER = Path(__file__).resolve().parent
 BUDGET_SECONDS = 530.0
@@ -42,24 +41,9 @@ def plan(device: str, environment: dict[str, str]) -> list[Stage]:
     return [*found, stage("attention", 130), stage("stack", 320, 240), stage("blocks", 200, 70)]
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds in all")
-    args = parser.parse_args(arguments)
-    if args.device == "cuda" and not has_gpu():
-        parser.error(
-            "torch sees no CUDA device. Run this on a machine with an NVIDIA GPU and a CUDA build "
-            "of torch, or with --device cpu for the same code at a tiny size."
-        )
-    return args
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all stages and write the report."""
-    args = parse(arguments)
+    args = parse(make_parser(__doc__.splitlines()[0], BUDGET_SECONDS), arguments)
     out: Path = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     given = sys.argv[1:] if arguments is None else arguments

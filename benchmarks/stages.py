@@ -6,6 +6,7 @@ far is in its results file, one JSON object a line, so that a stage stopped half
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -50,6 +51,26 @@ class Outcome:
     def passed(self) -> bool:
         """Ran to its end with exit code 0."""
         return self.status == "passed"
+
+
+def make_parser(description: str, budget_s: float, per: str = "in all") -> argparse.ArgumentParser:
+    """The options of a script that measures on a GPU and also runs tiny on a CPU."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--budget", type=float, default=budget_s, help=f"seconds {per}")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, and refuse a GPU that is not there."""
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not has_gpu():
+        parser.error(
+            "torch sees no CUDA device. Run this on a machine with an NVIDIA GPU and a CUDA build "
+            "of torch, or with --device cpu for the same code at a tiny size."
+        )
+    return args
 
 
 def run_stages(

@@ -122,7 +122,7 @@ def test_only_what_explores_a_gpu_is_skipped(dry_run) -> None:
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path: Path, scripts, monkeypatch, capsys) -> None:
     """An error, not an empty report."""
-    monkeypatch.setattr(scripts.program, "has_gpu", lambda: False)
+    monkeypatch.setattr(scripts.stages, "has_gpu", lambda: False)
     with pytest.raises(SystemExit) as error:
         scripts.program.main(["--out", str(tmp_path)])
     assert error.value.code == 2

@@ -142,7 +142,7 @@ def test_dry_run_says_what_it_ran_on_and_meets_no_goal(dry_run) -> None:
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path: Path, scripts, monkeypatch, capsys) -> None:
     """An error, not an empty report."""
-    monkeypatch.setattr(scripts.program, "has_gpu", lambda: False)
+    monkeypatch.setattr(scripts.stages, "has_gpu", lambda: False)
     with pytest.raises(SystemExit) as error:
         scripts.program.main(["--out", str(tmp_path)])
     assert error.value.code == 2
@@ -320,7 +320,7 @@ def started(scripts: Any, monkeypatch: Any, out: Path, *codes: str) -> tuple[int
         scripts.stages.Stage(f"stage {index}", [sys.executable, "-S", "-c", code])
         for index, code in enumerate(codes)
     ]
-    monkeypatch.setattr(scripts.program, "has_gpu", lambda: True)
+    monkeypatch.setattr(scripts.stages, "has_gpu", lambda: True)
     monkeypatch.setattr(scripts.program, "plan", lambda device, environment: stages)
     code = scripts.program.main(["--out", str(out)])
     return code, (out / "sparse.md").read_text()
