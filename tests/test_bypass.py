@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_models import blocks, build, calls
 from torch import nn
 
@@ -106,12 +108,11 @@ def test_a_model_that_took_its_blocks_before_the_decision_skips_them_all_the_sam
     assert get_stats(model).block_calls == len(ran)
 
 
-def lengths_in_reused_steps(family: str, model: nn.Module) -> list[int]:
+def lengths_in_reused_steps(family: str, model: nn.Module, **arguments: Any) -> list[int]:
     """How many blocks the second list holds behind the decision, in each of two reused steps."""
     seen: list[int] = []
-    apply_dicache(model, ALWAYS)
     behind_the_decision(model, lambda: seen.append(len(model.single_transformer_blocks)))
-    run(model, calls(family, 3))
+    run(model, [{**inputs, **arguments} for inputs in calls(family, 3)])
     return seen[1:]
 
 
@@ -119,23 +120,96 @@ def lengths_in_reused_steps(family: str, model: nn.Module) -> list[int]:
 def test_a_list_whose_loop_has_not_begun_holds_the_last_block_alone(family: str) -> None:
     model = build(family)
     own = [*model.single_transformer_blocks]
+    apply_dicache(model, ALWAYS)
     assert lengths_in_reused_steps(family, model) == [1, 1]
     assert [*model.single_transformer_blocks] == own
 
 
-def test_a_list_that_somebody_may_count_stays_as_long_as_it_is() -> None:
-    class Counting(type(build("flux"))):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
+def pre_hook(model: nn.Module) -> None:
+    model.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs), with_kwargs=True)
 
-    subclass, patched = build("flux"), build("flux")
-    subclass.__class__ = Counting
-    forward = patched.forward
-    patched.forward = lambda *args, **kwargs: forward(*args, **kwargs)
-    for model in (subclass, patched):
-        length = len(model.single_transformer_blocks)
-        assert length > 1
-        assert lengths_in_reused_steps("flux", model) == [length, length]
+
+def hook_that_sees_errors(model: nn.Module) -> None:
+    model.register_forward_hook(lambda module, args, output: None, always_call=True)
+
+
+def wrapped_forward(model: nn.Module) -> None:
+    """It borrows the name and the module of what it wraps."""
+    forward = model.forward
+    model.forward = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+
+
+def hook_of_accelerate(model: nn.Module) -> None:
+    add_hook_to_module(model, ModelHook())
+
+
+def copied_class(model: nn.Module) -> None:
+    """As in a research repository: a model of its own under the name of diffusers'."""
+    kind = type(model)
+    body = {"forward": lambda self, *args, **kwargs: kind.forward(self, *args, **kwargs)}
+    model.__class__ = type(kind.__name__, (kind,), body)
+
+
+def subclass_without_a_forward(model: nn.Module) -> None:
+    model.__class__ = type("Mine", (type(model),), {"__module__": type(model).__module__})
+
+
+def list_of_its_own_class(model: nn.Module) -> None:
+    model.single_transformer_blocks = _Snapshot(model.single_transformer_blocks)  # type: ignore
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "change",
+    [pre_hook, hook_that_sees_errors, wrapped_forward, hook_of_accelerate],
+)
+def test_a_list_that_others_may_look_at_stays_whole(change: Any, when: str) -> None:
+    model = build("flux")
+    length = len(model.single_transformer_blocks)
+    if when == "before":
+        change(model)
+    apply_dicache(model, ALWAYS)
+    if when == "after":
+        change(model)
+    assert lengths_in_reused_steps("flux", model) == [length, length]
+
+
+@pytest.mark.parametrize(
+    "change", [copied_class, subclass_without_a_forward, list_of_its_own_class]
+)
+def test_a_list_of_a_model_that_is_not_diffusers_own_stays_whole(change: Any) -> None:
+    model = build("flux")
+    length = len(model.single_transformer_blocks)
+    change(model)
+    apply_dicache(model, ALWAYS)
+    assert lengths_in_reused_steps("flux", model) == [length, length]
+
+
+def test_a_list_of_a_class_that_was_patched_stays_whole(monkeypatch: Any) -> None:
+    kind = type(build("flux"))
+    forward = kind.forward
+
+    @functools.wraps(forward)
+    def patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", patched)
+    model = build("flux")
+    length = len(model.single_transformer_blocks)
+    apply_dicache(model, ALWAYS)
+    assert lengths_in_reused_steps("flux", model) == [length, length]
+
+
+@pytest.mark.parametrize(
+    ("family", "argument"),
+    [("flux", "joint_attention_kwargs"), ("hunyuan-video", "attention_kwargs")],
+)
+def test_a_list_whose_loras_may_be_scaled_stays_whole(family: str, argument: str) -> None:
+    """Their scales are put back behind the model's loop, also by an error in the middle of it."""
+    model = build(family)
+    length = len(model.single_transformer_blocks)
+    apply_dicache(model, ALWAYS)
+    assert lengths_in_reused_steps(family, model, **{argument: {}}) == [length, length]
 
 
 class _Cache:
@@ -188,7 +262,7 @@ def test_a_short_list_holds_what_runs_unless_a_call_counts_its_blocks() -> None:
     own = [_Add(), _Add(), _Add()]
     blocks = nn.ModuleList(own)
     kind = twin_class(_Add, _Cache(), ("x",), ("x", "text", "temb"))
-    bypass = Bypass(blocks, {_Add: kind}, set(own[:2]), counted_for=("residuals",))
+    bypass = Bypass(blocks, {_Add: kind}, set(own[:2]), whole_for=("residuals",))
     for arguments, length in (({}, 1), ({"residuals": None}, 1), ({"residuals": 1}, 3)):
         bypass.begin(arguments)
         bypass.begin(arguments)  # an interrupt kept the first one from its end

@@ -6,8 +6,9 @@ twin is of its block's class and shares its attributes: whoever looks at it sees
 calling it is another thing, and returns the arguments that the block would have changed; a twin
 that somebody kept is the block again as soon as nothing is skipped.
 
-A list that the model has not begun to loop over can be shorter still, and hold only what runs, if
-the model does not count its blocks.
+A list that the model has not begun to loop over can be shorter still, and hold only what runs, as
+long as nobody but the model's own loop is there to look at it. Another thread might: one that saves
+the model while it runs would find blocks missing.
 
 Both are shortcuts. Where a twin cannot stand for its block, or a list is not what it was when the
 cache was applied, the blocks stay, and their own calls pass the input through.
@@ -34,8 +35,8 @@ class Bypass:
         blocks: The list. Where it is no `nn.ModuleList`, nothing is ever exchanged.
         classes: The classes of twins by those of the blocks, from `twin_class`.
         chosen: The blocks that are passed by.
-        counted_for: Arguments of the model's call. Where none of them is given, the model calls the
-            list's blocks and does nothing else, so that they may be missing. `None`: never.
+        whole_for: Arguments of the model's call that need the whole list, see `BlockStack`. `None`:
+            it is never shortened.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Bypass:
         blocks: Any,
         classes: dict[type, type],
         chosen: set[nn.Module],
-        counted_for: tuple[str, ...] | None = None,
+        whole_for: tuple[str, ...] | None = None,
     ) -> None:
         self._list = blocks
         self._blocks = dict(blocks._modules) if isinstance(blocks, nn.ModuleList) else {}
@@ -56,20 +57,22 @@ class Bypass:
         self._before = [*self._blocks.values()]
         self._after = [*{**self._blocks, **self._twins}.values()]
 
-        self._counted_for = counted_for
+        self._whole_for = whole_for if type(blocks) is nn.ModuleList else None
         self._rest = {name: b for name, b in self._blocks.items() if b not in chosen}
         self._whole: dict[str, Any] = {}  # what the list holds, as long as it is short
 
-    def begin(self, arguments: dict[str, Any]) -> None:
-        """Take the blocks out, in a call with these arguments; the model may be in its loop."""
+    def begin(self, arguments: dict[str, Any] | None) -> None:
+        """Take the blocks out; the model may be in its loop.
+
+        `arguments` are those of the model's call, or `None` where others may look at the list.
+        """
         if not self._twins:
             return
         modules = self._list._modules
         if [*modules.values()] != self._before:  # somebody changed it
             return
-        if self._counted_for is None or any(
-            arguments.get(n) is not None for n in self._counted_for
-        ):
+        names = self._whole_for
+        if names is None or arguments is None or _gives_any(arguments, names):
             modules.update(self._twins)
         else:  # in one assignment, which no interrupt can cut in two
             self._whole = modules
@@ -90,6 +93,10 @@ class Bypass:
         for name, module in list(modules.items()):  # somebody changed the list meanwhile
             if module in own:
                 modules[name] = own[module]
+
+
+def _gives_any(arguments: dict[str, Any], names: tuple[str, ...]) -> bool:
+    return any(arguments.get(name) is not None for name in names)
 
 
 def twin_class(

@@ -157,7 +157,7 @@ class _TransformerCache:
         """For each list of blocks, what it holds instead of those behind the probe but the last."""
         corners = {call.block for call in self.corner_calls}
         probe = {call.stack.attribute for call in self.block_calls[: self.config.probe_depth]}
-        is_known = _runs_its_own_forward(self.transformer, family)
+        is_other = type(self.transformer).__name__ != family.model_class  # a subclass
         bypasses = []
         for stack in family.stacks:
             calls = [each for each in self.block_calls if each.stack is stack]
@@ -168,10 +168,9 @@ class _TransformerCache:
                     made = twin_class(kind, self, stack.outputs, tuple(call.places))
                     classes |= {} if made is None else {kind: made}
             chosen = {call.block for call in calls} - corners
-            may_be_short = is_known and stack.attribute not in probe
-            counted_for = stack.counted_for if may_be_short else None
+            whole_for = None if is_other or stack.attribute in probe else stack.whole_for
             blocks = getattr(self.transformer, stack.attribute)
-            bypasses.append(Bypass(blocks, classes, chosen, counted_for))
+            bypasses.append(Bypass(blocks, classes, chosen, whole_for))
         return bypasses
 
     def attach(self) -> None:
@@ -181,8 +180,10 @@ class _TransformerCache:
             self._compile = compiled_like(self._compiled_before)
             if self._compile is None:  # first of all: a warning may be made an error
                 self._warn_of_plain_blocks()
+        is_bare = _is_bare(self.transformer)
         self._hook = RootHook(self, self.calls, self.calls.reset)
         self._hook.put_on(self.transformer, _HOOK)
+        self._bare_forward = self.transformer.forward if is_bare else None
         for call in self.block_calls:
             call.install(self._compile)
         self._take_root_call()
@@ -254,13 +255,14 @@ class _TransformerCache:
         named = {**dict(zip(self._parameters, args, strict=False)), **kwargs} if args else kwargs
         self.arguments = named
         timestep, text = named.get("timestep"), named.get("encoder_hidden_states")
-        self.step = step = self.calls.open_step(timestep, text)
         try:
+            self.step = step = self.calls.open_step(timestep, text)
             output = self.transformer._call_impl(*args, **kwargs)
             if not step.is_done:
                 self._warn_of_unseen_blocks()
         except BaseException:
-            step.close()
+            if self.step is not None:
+                self.step.close()
             self.session.reset()  # an aborted run leaves nothing behind
             raise
         finally:
@@ -349,11 +351,20 @@ class _TransformerCache:
         if step.rows is not None:
             self.rows = Rows(step.rows, p)
         if self.skips:
+            arguments = self.arguments if self._is_bare else None
             for bypass in self.bypasses:
-                bypass.begin(self.arguments)
+                bypass.begin(arguments)
         else:
             self.x, self.p = step.hold(self.x, p)
         self.count(self.config.probe_depth, p.shape[0])  # now: hold may have begun a run
+
+    @property
+    def _is_bare(self) -> bool:
+        """Whether only diffusers' own code runs around the blocks: nothing wraps or hooks it."""
+        model = self.transformer
+        if model._forward_pre_hooks or model._forward_hooks_always_called:
+            return False
+        return model.forward is self._bare_forward
 
     def after_last_block(self, y: Tensor) -> Tensor:
         """Record a computed step; the tokens of all samples."""
@@ -567,13 +578,16 @@ def _put_back(module: nn.Module, compiled: Callable[..., Any] | None) -> None:
         module._compiled_call_impl = compiled
 
 
-def _runs_its_own_forward(transformer: nn.Module, family: ModelFamily) -> bool:
-    """Whether this `forward` is the one that the family's row was written for.
-
-    Neither a subclass's nor one that somebody else put there; offloading, which wraps it, is fine.
-    """
-    kind, module = type(transformer), getattr(transformer.forward, "__module__", None)
-    return kind.__name__ == family.model_class and module == kind.__module__
+def _is_bare(transformer: nn.Module) -> bool:
+    """Whether the model is one of diffusers' and its `forward` is as it was written there."""
+    kind = type(transformer)
+    function: Any = kind.forward
+    modules = [kind.__module__]
+    while function is not None:  # where its code is: a wrapper borrows the name of what it wraps
+        modules.append(getattr(function, "__globals__", {}).get("__name__", ""))
+        function = getattr(function, "__wrapped__", None)
+    are_its_own = all(module.partition(".")[0] == "diffusers" for module in modules)
+    return are_its_own and "forward" not in vars(transformer)
 
 
 def _places(block: nn.Module) -> dict[str, int]:

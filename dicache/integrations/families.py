@@ -53,10 +53,11 @@ class BlockStack:
         per_sample: Names of the arguments whose tensors have a row a sample, so that a part of a
             batch can be run; `name.key` is an entry of a dictionary. Tensors may lie in lists,
             tuples and dictionaries. One with a single row is shared by all samples.
-        counted_for: Arguments of the model's call for which its loop over this list does more than
-            to call the blocks: adds a ControlNet's residuals, say. Where none of them is given, a
-            reused step leaves the blocks out of the list, if that loop has not begun. `None`
-            promises nothing: such a step calls something in the place of every block.
+        whole_for: Arguments of the model's call for which it needs every block of this list in its
+            place: to add a ControlNet's residuals by number, to scale LoRAs. Where none of them is
+            given, a reused step leaves the blocks out of the list, if its loop has not begun and
+            nothing but diffusers' own code runs around it. `None` promises nothing: such a step
+            calls something in the place of every block.
     """
 
     attribute: str
@@ -64,7 +65,7 @@ class BlockStack:
     hidden_states: str = HIDDEN
     text_in_front: bool = False
     per_sample: tuple[str, ...] = PER_SAMPLE
-    counted_for: tuple[str, ...] | None = None
+    whole_for: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ _FAMILIES = {
                 BlockStack(
                     "single_transformer_blocks",
                     _TEXT_FIRST,
-                    counted_for=("controlnet_single_block_samples",),
+                    whole_for=("controlnet_single_block_samples", "joint_attention_kwargs"),
                 ),
             ),
             threshold=0.4,
@@ -143,7 +144,9 @@ _FAMILIES = {
             "HunyuanVideoTransformer3DModel",
             (
                 BlockStack("transformer_blocks", _TEXT_LAST),
-                BlockStack("single_transformer_blocks", _TEXT_LAST, counted_for=()),
+                BlockStack(
+                    "single_transformer_blocks", _TEXT_LAST, whole_for=("attention_kwargs",)
+                ),
             ),
             threshold=0.1,
             alignment_threshold=0.035,
@@ -175,7 +178,7 @@ _FAMILIES = {
                 BlockStack(
                     "single_transformer_blocks",
                     text_in_front=True,
-                    counted_for=("controlnet_single_block_samples",),
+                    whole_for=("controlnet_single_block_samples", "joint_attention_kwargs"),
                 ),
             ),
             threshold=0.4,
