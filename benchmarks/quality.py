@@ -443,7 +443,9 @@ def study_model(bench: Bench, methods: list[Method]) -> dict[str, Any]:
         start = time.perf_counter()
         curves[method.name] = [asdict(point) for point in bench.sweep(method)]
         print(f"{bench.model}: {method.name}, {time.perf_counter() - start:.0f} s", flush=True)
-    own = pipelines.transformer_class(bench.model).load_config(pipelines.MODEL_DIR / bench.model)
+    own = pipelines.demo_model(bench.model).transformer.load_config(
+        pipelines.MODEL_DIR / bench.model
+    )
     shipped = bench.measure(own.get("_dicache_threshold", math.nan), DiCacheConfig())
     return {"depths": bench.depths, "curves": curves, "shipped": asdict(shipped)}
 

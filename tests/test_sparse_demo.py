@@ -42,7 +42,7 @@ SPARSE_FILES = {"heads.png", "sparse.gif", "sparse.md", "sparse.png"}
 def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     monkeypatch.setattr(attention, "COMPILED", False)
-    monkeypatch.setattr("dicache.cli.demo.SAMPLES", 1)
+    monkeypatch.setattr("dicache.cli.demo.SPARSE_SAMPLES", 1)
     monkeypatch.setattr("dicache.cli.demo._WARM_UP_STEPS", 1)
     yield
     torch.set_num_threads(threads)  # which the demo sets
@@ -118,8 +118,10 @@ def test_the_pictures_show_all_four_runs():
             assert (picture == round(level * 255)).all(axis=-1).sum() >= side**2
 
 
-@pytest.mark.parametrize(("model", "steps"), [("hunyuan-video", 8), ("wan", 6)])
-def test_the_demo_tells_and_writes_what_the_four_runs_did(model, steps, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("model", "steps", "density"), [("hunyuan-video", 8, 0.25), ("wan", 6, 0.30)]
+)
+def test_the_demo_tells_and_writes_what_the_four_runs_did(model, steps, density, tmp_path, capsys):
     """Against runs made here, with steps and blocks counted from the rules."""
     code = main(
         ["demo", "--model", model, "--sparse", "--steps", str(steps), "--out", str(tmp_path)]
@@ -128,16 +130,17 @@ def test_the_demo_tells_and_writes_what_the_four_runs_did(model, steps, tmp_path
     assert {path.name for path in (tmp_path / model).iterdir()} == FILES | SPARSE_FILES
     stats = json.loads((tmp_path / model / "stats.json").read_text())
     found = stats["sparse"]["runs"]
-    pipe, prompt = load_pipeline(model), default_prompts(model)[0]
+    trained = f"{model}-long"
+    pipe, prompt = load_pipeline(trained), default_prompts(trained)[0]
 
     def draw() -> torch.Tensor:
-        return decode(model, pipe(**pipeline_inputs(model, prompt, 0, steps)))[0]
+        return decode(trained, pipe(**pipeline_inputs(trained, prompt, 0, steps)))[0]
 
     drawn = {"dense": draw()}
     apply_dicache(pipe)
     drawn["DiCache"] = draw()
     cached = get_stats(pipe)["transformer"]
-    apply_sparse_videogen(pipe, SparseVideoGenConfig(density=0.5, block_size=16))
+    apply_sparse_videogen(pipe, SparseVideoGenConfig(block_size=16))
     drawn["both"] = draw()
     together = get_stats(pipe)["transformer"]
     for name, video in drawn.items():
@@ -148,14 +151,14 @@ def test_the_demo_tells_and_writes_what_the_four_runs_did(model, steps, tmp_path
     branches = len(cached.contexts)
     calls = [found[name]["block_calls"] for name in sparse.RUNS]
     assert calls == [9 * steps * branches] * 2 + [cached.block_calls, together.block_calls]
-    # The widest band of at most half of the elements; dense: one block and one step.
-    dense_steps = 1
-    valid = 200 + (0 if model == "wan" else len(prompt.split()))
+    # The widest band of at most so many elements; dense: one block and one step.
+    dense_steps, tokens = 1, 600
+    valid = tokens + (0 if model == "wan" else len(prompt.split()))
     sink = 25 if model == "wan" else 0
     i, j = torch.arange(valid)[:, None], torch.arange(valid)
-    always = (i >= 200) | (j >= 200) | (j < sink)
-    counts = [int((always | ((i - j).abs() <= w)).sum()) for w in range(200)]
-    kept = max(count for count in counts if count <= 0.5 * valid**2) / valid**2
+    always = (i >= tokens) | (j >= tokens) | (j < sink)
+    counts = [int((always | ((i - j).abs() <= w)).sum()) for w in range(tokens)]
+    kept = max(count for count in counts if count <= density * valid**2) / valid**2
     thin = (steps - dense_steps) / steps * 8 / 9
     assert found["sparse"]["density"] == pytest.approx(1 - thin + thin * kept)
     elements = 0.0  # in maps of full attention
@@ -225,7 +228,7 @@ def test_flux_is_left_out_of_all_models_with_a_notice(tmp_path, monkeypatch, cap
     monkeypatch.setattr("dicache.cli.demo.load_pipeline", stop)
     with pytest.raises(RuntimeError, match="far enough"):
         main(["demo", "--sparse", "--out", str(tmp_path)])
-    assert asked == ["hunyuan-video"]
+    assert asked == ["hunyuan-video-long"]
     assert "--sparse is for videos, so flux is left out" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hunyuan-video", "wan"]
 

@@ -71,12 +71,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Recipe:
-    """How long and on what batches a model is trained."""
+    """How long and on what batches a model is trained, and whose shipped weights it begins with."""
 
     steps: int
     batch: int
     learning_rate: float = 2e-3
     seconds: float = math.inf
+    begins_with: str | None = None
 
     def progress(self, step: int, seconds: float) -> float:
         """Share of the training that is over, by steps or by the clock, in [0, 1]."""
@@ -87,6 +88,9 @@ RECIPES = {
     "flux": Recipe(steps=3000, batch=64),
     "hunyuan-video": Recipe(steps=2500, batch=24),
     "wan": Recipe(steps=2500, batch=24),
+    # Longer videos of the same kind: as many tokens a batch, and most is known already.
+    "hunyuan-video-long": Recipe(steps=2200, batch=8, begins_with="hunyuan-video"),
+    "wan-long": Recipe(steps=2000, batch=8, begins_with="wan"),
 }
 
 
@@ -121,10 +125,13 @@ class State:
 
 
 def new_state(name: str, seed: int, learning_rate: float) -> State:
-    """Build a model from scratch, with its EMA, optimiser and generator."""
+    """Build a model, with its EMA, optimiser and generator."""
+    row, begins_with = pipelines.demo_model(name), RECIPES[name].begins_with
     torch.manual_seed(seed)
-    model = pipelines.transformer_class(name)(**ARCHITECTURES[name])
-    if name != "wan":
+    model = row.transformer(**ARCHITECTURES[row.family])
+    if begins_with is not None:
+        model.load_state_dict(pipelines.load_transformer(begins_with).state_dict())
+    elif row.family != "wan":
         torch.nn.init.zeros_(model.proj_out.weight)
         torch.nn.init.zeros_(model.proj_out.bias)
     hidden = [p for n, p in model.named_parameters() if "blocks" in n and p.dim() == 2]
@@ -143,11 +150,14 @@ def draw_batch(
     name: str, batch: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, shapes.TextEmbedding]:
     """Draw clean latents and the embedding of their prompts (some dropped, for guidance)."""
-    kind: shapes.Kind = "image" if name == "flux" else "video"
-    draw = shapes.draw_images if name == "flux" else shapes.draw_videos
-    prompts = shapes.random_prompts(kind, batch, generator)
-    latents = pipelines.encode_pictures(name, draw(prompts, generator)).contiguous()
-    drop = torch.rand(batch, generator=generator) < PROMPT_DROPOUT[name]
+    row = pipelines.demo_model(name)
+    prompts = shapes.random_prompts(row.kind, batch, generator)
+    if row.frames is None:
+        pictures = shapes.draw_images(prompts, generator)
+    else:
+        pictures = shapes.draw_videos(prompts, generator, row.frames)
+    latents = pipelines.encode_pictures(name, pictures).contiguous()
+    drop = torch.rand(batch, generator=generator) < PROMPT_DROPOUT[row.family]
     kept = ["" if d else p for d, p in zip(drop.tolist(), prompts, strict=True)]
     return latents, shapes.encode_prompts(kept)
 
@@ -156,17 +166,18 @@ def velocity(
     name: str, model: Any, x: torch.Tensor, t: torch.Tensor, text: shapes.TextEmbedding
 ) -> torch.Tensor:
     """Call the transformer as its pipeline does; ``t`` in [0, 1] -> tensor of x's shape."""
+    family = pipelines.demo_model(name).family
     inputs: dict[str, Any] = {"hidden_states": x, "encoder_hidden_states": text.embeds}
-    if name == "flux":
+    if family == "flux":
         side = math.isqrt(x.shape[1])
         row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         inputs["img_ids"] = torch.stack([0 * row, row, column], dim=-1).flatten(0, 1).float()
         inputs["txt_ids"] = torch.zeros(shapes.TEXT_LENGTH, 3)
-    if name != "wan":
+    if family != "wan":
         inputs["pooled_projections"] = text.pooled
-    if name == "hunyuan-video":
+    if family == "hunyuan-video":
         inputs["encoder_attention_mask"] = text.mask
-    timestep = t if name == "flux" else 1000 * t
+    timestep = t if family == "flux" else 1000 * t
     output: torch.Tensor = model(**inputs, timestep=timestep, return_dict=False)[0]
     return output
 
@@ -176,7 +187,7 @@ def flow_loss(name: str, model: Any, batch: int, generator: torch.Generator) -> 
     x0, text = draw_batch(name, batch, generator)
     noise = pipelines.noise_mean(name) + torch.randn(x0.shape, generator=generator)
     t = torch.sigmoid(
-        torch.randn(batch, generator=generator) + math.log(pipelines.FLOW_SHIFT[name])
+        torch.randn(batch, generator=generator) + math.log(pipelines.demo_model(name).flow_shift)
     )
     weight = t.view(-1, *[1] * (x0.dim() - 1))
     prediction = velocity(name, model, (1 - weight) * x0 + weight * noise, t, text)
@@ -227,7 +238,7 @@ def export(name: str, model: Any, out: Path) -> None:
     """Write config.json and fp16 safetensors to ``out``/``name``; a threshold there is kept."""
     model = copy.deepcopy(model).half()
     if (out / name / "config.json").exists():
-        old = pipelines.transformer_class(name).load_config(out / name)
+        old = pipelines.demo_model(name).transformer.load_config(out / name)
         if "_dicache_threshold" in old:
             model.register_to_config(_dicache_threshold=old["_dicache_threshold"])
     model.save_pretrained(out / name)
@@ -240,7 +251,7 @@ def sample_sheet(name: str, model: Any, path: Path, steps: int, zoom: int = 4) -
     prompts = pipelines.default_prompts(name)
     pipe = pipelines.wrap_transformer(name, model)
     pictures = pipelines.decode(name, pipe(**pipelines.pipeline_inputs(name, prompts, 0, steps)))
-    if name == "flux":
+    if pipelines.demo_model(name).kind == "image":
         rows = pictures.unflatten(0, (-1, 4)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     else:
         rows = pictures.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [B * H, F * W, 3]
@@ -275,7 +286,7 @@ def train(name: str, args: argparse.Namespace) -> None:
             last_save = time.monotonic()
     state.save(checkpoint)
     export(name, state.ema, args.out)
-    exported = pipelines.transformer_class(name).from_pretrained(
+    exported = pipelines.demo_model(name).transformer.from_pretrained(
         args.out / name, torch_dtype=torch.float32
     )
     sample_sheet(name, exported, args.work / f"{name}.png", steps=30)
@@ -284,7 +295,7 @@ def train(name: str, args: argparse.Namespace) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, choices=pipelines.DEMO_MODELS)
+    parser.add_argument("--model", required=True, choices=RECIPES)
     parser.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="end after so long, decay included"

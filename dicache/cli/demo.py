@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dicache.demo.pictures import (
 )
 from dicache.demo.pipelines import (
     DEMO_MODELS,
+    LONG_MODELS,
     decode,
     default_prompts,
     load_pipeline,
@@ -54,12 +56,8 @@ from .rules import make_sparse_config
 
 DEFAULT_STEPS = {"flux": 30, "hunyuan-video": 50, "wan": 50}
 SAMPLES = 4
-SPARSE_MODELS = ("hunyuan-video", "wan")
-# Videos of 8 frames of 25 tokens. The families' own densities are for 21 frames and more: here they
-# leave a band of less than one frame (21 tokens), in which no head sees its frame. Half of the
-# elements are two frames to either side, about what these densities give at full size.
-SPARSE_DENSITY = 0.5
-_SPARSE_BLOCK = 16  # blocks of 128 would leave two a row, none of which could be skipped
+SPARSE_SAMPLES = 2  # these videos are three times as long, and drawn four times
+_SPARSE_BLOCK = 16  # of 600 tokens, blocks of 128 would leave five a row
 _WARM_UP_STEPS = 6  # enough for every kind of step: computed, resumed, reused
 # Models this small gain little from more threads, and on a busy machine threads that wait for each
 # other make times meaningless.
@@ -72,7 +70,7 @@ _CAPTION = (
     "the same steps save more."
 )
 _SPARSE_CAPTION = (
-    "Times are of one CPU thread and 200 tokens, where sparse attention costs more than it saves: "
+    "Times are of one CPU thread and 600 tokens, where sparse attention costs more than it saves: "
     "it is for the long sequences of real models on a GPU."
 )
 
@@ -91,43 +89,71 @@ def run_demo(
         InputError: There is no such model or density, the model cannot be sparse, or `out` cannot
             be written to.
     """
-    rules = make_sparse_config(sparse, density, _SPARSE_BLOCK, SPARSE_DENSITY)
+    rules = make_sparse_config(sparse, density, _SPARSE_BLOCK)
     names = _models(model) if rules is None else _sparse_models(model)
     folders = {name: make_folder(out / name) for name in names}
-    summaries, tables, notes = [], [], []
     torch.set_num_threads(_THREADS)
+    done = []
     with _progress() as progress:
-        task = progress.add_task("", total=(4 if sparse else 2) * SAMPLES * len(names))
+        runs = 2 * SAMPLES if rules is None else len(RUNS) * SPARSE_SAMPLES
+        task = progress.add_task("", total=runs * len(names))
         for name in names:
-            count = steps or DEFAULT_STEPS[name]
             tick = _ticker(progress, task, name)
-            tick("loading", 0)
-            pipe = load_pipeline(name)
-            title = f"{type(pipe).__name__} on the trained demo model {name!r}, {count} steps"
-            extra: dict[str, Any] = {}
-            if rules is None:
-                samples = _draw_samples(name, pipe, count, seed, tick)
-            else:
-                fours = _draw_four_runs(name, pipe, count, seed, rules, tick)
-                samples = [each.cached for each in fours]
-                tables.append(sparse_table(name, fours))
-                notes.append(f"{name}: {margin_text(fours)}")
-                extra["sparse"] = sparse_to_dict(rules, fours)
-                _write_sparse_files(folders[name], name, title, fours)
-            summaries.append(summarize(name, samples))
-            tick("writing files", 0)
-            _write_files(folders[name], title, samples, summaries[-1], extra)
+            count = steps or DEFAULT_STEPS[name]
+            done.append(_run_model(name, count, seed, rules, folders[name], tick))
+    _print_results(done)
+    for folder in folders.values():
+        found = ", ".join(sorted(path.name for path in folder.iterdir()))
+        Console().print(f"{folder}: {found}", soft_wrap=True, highlight=False, markup=False)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What is told of one model; `four_runs` of those that were also drawn sparsely."""
+
+    summary: Summary
+    four_runs: list[FourRuns]
+
+
+def _run_model(
+    name: str,
+    steps: int,
+    seed: int,
+    rules: SparseVideoGenConfig | None,
+    folder: Path,
+    tick: Callable[[str, int], None],
+) -> _Result:
+    """Draw with one model, and write its files."""
+    tick("loading", 0)
+    trained = name if rules is None else LONG_MODELS[name]
+    pipe = load_pipeline(trained)
+    title = f"{type(pipe).__name__} on the trained demo model {trained!r}, {steps} steps"
+    extra: dict[str, Any] = {}
+    fours: list[FourRuns] = []
+    if rules is None:
+        samples = _draw_samples(pipe, _calls(trained, steps, seed, SAMPLES), tick)
+    else:
+        fours = _draw_four_runs(pipe, _calls(trained, steps, seed, SPARSE_SAMPLES), rules, tick)
+        samples = [each.cached for each in fours]
+        extra["sparse"] = sparse_to_dict(rules, fours)
+        _write_sparse_files(folder, trained, title, fours)
+    summary = summarize(trained, samples)
+    tick("writing files", 0)
+    _write_files(folder, title, samples, summary, extra)
+    return _Result(summary, fours)
+
+
+def _print_results(results: list[_Result]) -> None:
     console = Console()
-    console.print(comparison_table(summaries))
+    console.print(comparison_table([result.summary for result in results]))
     console.print(_CAPTION, style="dim", highlight=False)
-    for table in tables:
-        console.print(table)
-    if tables:
+    sparse = {each.summary.name: each.four_runs for each in results if each.four_runs}
+    for name, fours in sparse.items():
+        console.print(sparse_table(name, fours))
+    if sparse:
+        notes = [f"{name}: {margin_text(fours)}" for name, fours in sparse.items()]
         text = "\n".join([NOTE, _SPARSE_CAPTION, *notes])
         console.print(text, style="dim", highlight=False)
-    for name in names:
-        found = ", ".join(sorted(path.name for path in folders[name].iterdir()))
-        console.print(f"{folders[name]}: {found}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _models(model: str) -> tuple[str, ...]:
@@ -141,11 +167,11 @@ def _models(model: str) -> tuple[str, ...]:
 
 def _sparse_models(model: str) -> tuple[str, ...]:
     names = _models(model)
-    found = tuple(name for name in names if name in SPARSE_MODELS)
+    found = tuple(name for name in names if name in LONG_MODELS)
     if not found:
         raise InputError(
             f"--sparse is for videos and {model} draws images; expected --model "
-            f"{' or '.join(SPARSE_MODELS)}, or all"
+            f"{' or '.join(LONG_MODELS)}, or all"
         )
     for name in names:
         if name not in found:
@@ -167,60 +193,70 @@ def _ticker(progress: Progress, task: Any, name: str) -> Callable[[str, int], No
     return tick
 
 
-def _draw_samples(
-    name: str, pipe: Any, steps: int, seed: int, tick: Callable[[str, int], None]
-) -> list[Sample]:
-    """Draw the first prompts in turn without and with the cache, so that both see the same load."""
-    decode_first, warm_up, calls = _calls(name, steps, seed)
-    run_uncached(pipe, warm_up, decode_first)
-    run_cached(pipe, warm_up, decode_first)
-    samples = []
-    for index, (prompt, inputs) in enumerate(calls):
-        tick(f"prompt {index + 1} without cache", 0)
-        uncached = run_uncached(pipe, inputs, decode_first)
-        tick(f"prompt {index + 1} with DiCache", 1)
-        cached = run_cached(pipe, inputs, decode_first)
-        tick("", 1)
-        samples.append(Sample(prompt, seed + index, cached, uncached))
-    return samples
+@dataclass(frozen=True)
+class _Calls:
+    """The calls of one model's pipeline.
+
+    Attributes:
+        decode: Turns a result into the pictures of its one sample.
+        warm_up: Arguments of a short call.
+        samples: Prompt, seed and arguments of the calls that count.
+    """
+
+    decode: Decode
+    warm_up: Inputs
+    samples: list[tuple[str, int, Inputs]]
 
 
-def _draw_four_runs(
-    name: str,
-    pipe: Any,
-    steps: int,
-    seed: int,
-    rules: SparseVideoGenConfig,
-    tick: Callable[[str, int], None],
-) -> list[FourRuns]:
-    """Draw the first prompts by all kinds of runs in turn."""
-    decode_first, warm_up, calls = _calls(name, steps, seed)
-    tick("warm-up", 0)
-    for _ in four_runs(pipe, warm_up, decode_first, rules):
-        pass
-    samples = []
-    for index, (prompt, inputs) in enumerate(calls):
-        runs = {}
-        tick(f"prompt {index + 1}, {RUNS[0]}", 0)
-        for (kind, run), coming in zip(
-            four_runs(pipe, inputs, decode_first, rules), (*RUNS[1:], "done"), strict=True
-        ):
-            runs[kind] = run
-            tick(f"prompt {index + 1}, {coming}", 1)
-        samples.append(FourRuns(prompt, seed + index, runs))
-    return samples
-
-
-def _calls(name: str, steps: int, seed: int) -> tuple[Decode, Inputs, list[tuple[str, Inputs]]]:
-    """How to decode the first sample, the arguments of a warm-up, and those of every prompt."""
-    prompts = default_prompts(name)[:SAMPLES]
+def _calls(name: str, steps: int, seed: int, count: int) -> _Calls:
+    """The model's first prompts, each with a seed of its own."""
+    prompts = default_prompts(name)[:count]
 
     def inputs(prompt: str, own_seed: int, own_steps: int) -> Inputs:
         return lambda: pipeline_inputs(name, prompt, own_seed, own_steps)
 
-    calls = [(prompt, inputs(prompt, seed + index, steps)) for index, prompt in enumerate(prompts)]
+    seeds = [seed + index for index in range(count)]
+    samples = [
+        (prompt, own, inputs(prompt, own, steps))
+        for prompt, own in zip(prompts, seeds, strict=True)
+    ]
     warm_up = inputs(prompts[0], seed, min(steps, _WARM_UP_STEPS))
-    return lambda output: decode(name, output)[0], warm_up, calls
+    return _Calls(lambda output: decode(name, output)[0], warm_up, samples)
+
+
+def _draw_samples(pipe: Any, calls: _Calls, tick: Callable[[str, int], None]) -> list[Sample]:
+    """Draw every prompt in turn without and with the cache, so that both see the same load."""
+    run_uncached(pipe, calls.warm_up, calls.decode)
+    run_cached(pipe, calls.warm_up, calls.decode)
+    samples = []
+    for number, (prompt, seed, inputs) in enumerate(calls.samples, start=1):
+        tick(f"prompt {number} without cache", 0)
+        uncached = run_uncached(pipe, inputs, calls.decode)
+        tick(f"prompt {number} with DiCache", 1)
+        cached = run_cached(pipe, inputs, calls.decode)
+        tick("", 1)
+        samples.append(Sample(prompt, seed, cached, uncached))
+    return samples
+
+
+def _draw_four_runs(
+    pipe: Any, calls: _Calls, rules: SparseVideoGenConfig, tick: Callable[[str, int], None]
+) -> list[FourRuns]:
+    """Draw every prompt by all kinds of runs in turn."""
+    tick("warm-up", 0)
+    for _ in four_runs(pipe, calls.warm_up, calls.decode, rules):
+        pass
+    samples = []
+    for number, (prompt, seed, inputs) in enumerate(calls.samples, start=1):
+        runs = {}
+        tick(f"prompt {number}, {RUNS[0]}", 0)
+        for (kind, run), coming in zip(
+            four_runs(pipe, inputs, calls.decode, rules), (*RUNS[1:], "done"), strict=True
+        ):
+            runs[kind] = run
+            tick(f"prompt {number}, {coming}", 1)
+        samples.append(FourRuns(prompt, seed, runs))
+    return samples
 
 
 def _write_sparse_files(folder: Path, name: str, title: str, samples: list[FourRuns]) -> None:

@@ -8,12 +8,9 @@ from .errors import InputError, one_line
 
 
 def make_sparse_config(
-    sparse: bool,
-    density: float | None,
-    block_size: int = SparseVideoGenConfig.block_size,
-    default: float | None = None,
+    sparse: bool, density: float | None, block_size: int = SparseVideoGenConfig.block_size
 ) -> SparseVideoGenConfig | None:
-    """The rules, or None without `--sparse`; `default` is the density if none was given.
+    """The rules, or None without `--sparse`.
 
     Raises:
         InputError: The density is out of its range, or was given without `--sparse`.
@@ -23,7 +20,6 @@ def make_sparse_config(
             raise InputError(f"--density {density:g} needs --sparse, which was not given")
         return None
     try:
-        chosen = default if density is None else density
-        return SparseVideoGenConfig(density=chosen, block_size=block_size, stats=True)
+        return SparseVideoGenConfig(density=density, block_size=block_size, stats=True)
     except ValueError as error:
         raise InputError(one_line(error)) from error

@@ -4,11 +4,15 @@ The weights under ``models/`` were trained by ``benchmarks/train/train.py`` on t
 ``shapes.py``. There is no VAE: a latent is the picture itself, folded 2x2 (pixel-unshuffle) to 12
 channels and scaled to [-1, 1], so every pipeline runs with ``output_type="latent"`` and ``decode``
 unfolds the result. Usage: ``pipe(**pipeline_inputs(name, prompt, seed, steps))``.
+
+The video models come in two lengths: of 8 frames, 200 tokens, and of 24 frames, 600 tokens, where
+sparse attention can leave something out.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,21 +32,49 @@ from diffusers import (
 from dicache.demo import shapes
 
 DEMO_MODELS: tuple[str, ...] = ("flux", "hunyuan-video", "wan")
+LONG_MODELS = {"hunyuan-video": "hunyuan-video-long", "wan": "wan-long"}
 MODEL_DIR = Path(__file__).parent / "models"
 FOLD = 2
 NOISE_MEAN_SCALE = 1.4
-GUIDANCE_SCALE = {"flux": 3.5, "hunyuan-video": 6.0, "wan": 2.0}
-FLOW_SHIFT = {"flux": 1.0, "hunyuan-video": 3.0, "wan": 3.0}
 
 DemoTransformer: TypeAlias = (
     FluxTransformer2DModel | HunyuanVideoTransformer3DModel | WanTransformer3DModel
 )
 DemoPipeline: TypeAlias = FluxPipeline | HunyuanVideoPipeline | WanPipeline
 
-_TRANSFORMERS: dict[str, type[DemoTransformer]] = {
-    "flux": FluxTransformer2DModel,
-    "hunyuan-video": HunyuanVideoTransformer3DModel,
-    "wan": WanTransformer3DModel,
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A shipped model: whose pipeline it runs in, and with what settings.
+
+    Attributes:
+        family: `"flux"`, `"hunyuan-video"` or `"wan"`.
+        transformer: Its class in diffusers.
+        guidance_scale: As the pipeline has it.
+        flow_shift: Of the scheduler, and of the times that it was trained on.
+        frames: Of its videos; `None` for images.
+    """
+
+    family: str
+    transformer: type[DemoTransformer]
+    guidance_scale: float
+    flow_shift: float
+    frames: int | None = None
+
+    @property
+    def kind(self) -> shapes.Kind:
+        """What its prompts describe."""
+        return "image" if self.frames is None else "video"
+
+
+_HUNYUAN = DemoModel("hunyuan-video", HunyuanVideoTransformer3DModel, 6.0, 3.0, shapes.VIDEO_FRAMES)
+_WAN = DemoModel("wan", WanTransformer3DModel, 2.0, 3.0, shapes.VIDEO_FRAMES)
+_MODELS = {
+    "flux": DemoModel("flux", FluxTransformer2DModel, 3.5, 1.0),
+    "hunyuan-video": _HUNYUAN,
+    "hunyuan-video-long": replace(_HUNYUAN, frames=shapes.LONG_VIDEO_FRAMES),
+    "wan": _WAN,
+    "wan-long": replace(_WAN, frames=shapes.LONG_VIDEO_FRAMES),
 }
 _PROMPTS: dict[str, list[str]] = {
     "image": [
@@ -68,15 +100,20 @@ _PROMPTS: dict[str, list[str]] = {
 }
 
 
-def transformer_class(name: str) -> type[DemoTransformer]:
-    """The diffusers class of model ``name``."""
-    _check_name(name)
-    return _TRANSFORMERS[name]
+def demo_model(name: str) -> DemoModel:
+    """The shipped model of this name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown demo model {name!r}; expected one of {', '.join(_MODELS)}")
+    return _MODELS[name]
 
 
 def load_transformer(name: str, dtype: torch.dtype = torch.float32) -> DemoTransformer:
-    """Load one of ``DEMO_MODELS`` from the package, in evaluation mode, in the given dtype."""
-    model: DemoTransformer = transformer_class(name).from_pretrained(
+    """Load a shipped model from the package, in evaluation mode, in the given dtype."""
+    model: DemoTransformer = demo_model(name).transformer.from_pretrained(
         MODEL_DIR / name, torch_dtype=dtype, local_files_only=True
     )
     return model.eval()
@@ -89,17 +126,17 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DemoPipeline
 
 def wrap_transformer(name: str, transformer: DemoTransformer) -> DemoPipeline:
     """Put a given transformer into the pipeline (and beside the scheduler) of model ``name``."""
-    _check_name(name)
+    row = demo_model(name)
     parts: dict[str, Any] = {"transformer": transformer, "vae": None}
     parts |= {"text_encoder": None, "tokenizer": None}
-    shift = FLOW_SHIFT[name]
-    if name == "wan":
+    shift = row.flow_shift
+    if row.family == "wan":
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
         )
         pipe = WanPipeline(**parts, scheduler=scheduler)
     else:
-        cls = FluxPipeline if name == "flux" else HunyuanVideoPipeline
+        cls = FluxPipeline if row.family == "flux" else HunyuanVideoPipeline
         parts |= {"text_encoder_2": None, "tokenizer_2": None}
         pipe = cls(**parts, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift))
     pipe.set_progress_bar_config(disable=True)
@@ -122,22 +159,23 @@ def pipeline_inputs(
     its own seed alone. ``device`` and ``dtype`` are those of the pipeline's transformer.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    row = demo_model(name)
     for each in prompts:
-        shapes.parse_prompt(each, _kind(name))
+        shapes.parse_prompt(each, row.kind)
     text = shapes.encode_prompts(prompts)
     inputs: dict[str, Any] = {
         "prompt_embeds": text.embeds.to(device, dtype),
         "latents": starting_noise(name, _seeds(seed, len(prompts))).to(device, dtype),
         "num_inference_steps": num_inference_steps,
-        "guidance_scale": GUIDANCE_SCALE[name],
+        "guidance_scale": row.guidance_scale,
         "output_type": "latent",
         **_geometry(name),
     }
-    if name == "wan":
+    if row.family == "wan":
         empty = shapes.encode_prompts([""] * len(prompts))
         return inputs | {"negative_prompt_embeds": empty.embeds.to(device, dtype)}
     inputs["pooled_prompt_embeds"] = text.pooled.to(device, dtype)
-    if name == "hunyuan-video":
+    if row.family == "hunyuan-video":
         inputs["prompt_attention_mask"] = text.mask.to(device)
     return inputs
 
@@ -150,7 +188,7 @@ def noise_mean(name: str) -> torch.Tensor:
     noise carries a code of frame, row and column: cos(k pi u) in one channel each, u in (0, 1) the
     place along an axis, k = 1 to 4.
     """
-    if name != "wan":
+    if demo_model(name).family != "wan":
         return torch.zeros(()).expand(_latent_shape(name))
     sizes = _latent_shape(name)[1:]  # [F, h, w]
     waves = []
@@ -172,9 +210,9 @@ def decode(name: str, output: Any) -> torch.Tensor:
 
     Flux: [B, 3, H, W]. HunyuanVideo and Wan: [B, F, 3, H, W].
     """
-    _check_name(name)
+    kind = demo_model(name).kind
     latents = _latents_of(output).float()
-    if name == "flux":
+    if kind == "image":
         side = shapes.IMAGE_SIZE // FOLD
         tokens = latents.unflatten(1, (side // 2, side // 2)).unflatten(-1, (-1, 2, 2))
         latents = tokens.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, 12, h, w]
@@ -188,11 +226,8 @@ def encode_pictures(name: str, pictures: torch.Tensor) -> torch.Tensor:
 
     Flux: [B, 3, H, W] -> packed [B, 64, 48]. Video: [B, F, 3, H, W] -> [B, 12, F, H/2, W/2].
     """
-    _check_name(name)
     latents = F.pixel_unshuffle(2 * pictures - 1, FOLD)
-    if name != "flux":
-        return latents.transpose(1, 2)
-    return _pack(latents)
+    return _pack(latents) if demo_model(name).kind == "image" else latents.transpose(1, 2)
 
 
 def _pack(latents: torch.Tensor) -> torch.Tensor:
@@ -203,17 +238,7 @@ def _pack(latents: torch.Tensor) -> torch.Tensor:
 
 def default_prompts(name: str) -> list[str]:
     """Eight prompts that show what model ``name`` can draw."""
-    return list(_PROMPTS[_kind(name)])
-
-
-def _kind(name: str) -> shapes.Kind:
-    _check_name(name)
-    return "image" if name == "flux" else "video"
-
-
-def _check_name(name: str) -> None:
-    if name not in DEMO_MODELS:
-        raise ValueError(f"unknown demo model {name!r}; expected one of {', '.join(DEMO_MODELS)}")
+    return list(_PROMPTS[demo_model(name).kind])
 
 
 def _seeds(seed: int | list[int], count: int) -> list[int]:
@@ -226,20 +251,21 @@ def _seeds(seed: int | list[int], count: int) -> list[int]:
 
 def _latent_shape(name: str) -> tuple[int, ...]:
     """Of one sample: [64, 48] packed tokens for Flux, [12, F, h, w] for video."""
-    channels = 3 * FOLD**2
-    if name == "flux":
+    channels, frames = 3 * FOLD**2, demo_model(name).frames
+    if frames is None:
         return (shapes.IMAGE_SIZE // FOLD // 2) ** 2, 4 * channels
     side = shapes.VIDEO_SIZE // FOLD
-    return channels, shapes.VIDEO_FRAMES, side, side
+    return channels, frames, side, side
 
 
 def _geometry(name: str) -> dict[str, int]:
     """Sizes as the pipelines count them without a VAE: 8 per latent pixel, 4 per latent frame."""
-    if name == "flux":
+    frames = demo_model(name).frames
+    if frames is None:
         side = 8 * (shapes.IMAGE_SIZE // FOLD)
         return {"height": side, "width": side}
     side = 8 * (shapes.VIDEO_SIZE // FOLD)
-    return {"height": side, "width": side, "num_frames": 4 * (shapes.VIDEO_FRAMES - 1) + 1}
+    return {"height": side, "width": side, "num_frames": 4 * (frames - 1) + 1}
 
 
 def _latents_of(output: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 IMAGE_SIZE = 32
 VIDEO_SIZE = 20
 VIDEO_FRAMES = 8
+LONG_VIDEO_FRAMES = 24
 TEXT_LENGTH = 8
 TEXT_DIM = 64
 TEXT_SEED = 2024
@@ -186,10 +187,15 @@ def draw_images(prompts: list[str], generator: torch.Generator) -> torch.Tensor:
     return _draw([parse_prompt(p, "image") for p in prompts], 1, IMAGE_SIZE, generator)[:, 0]
 
 
-def draw_videos(prompts: list[str], generator: torch.Generator) -> torch.Tensor:
-    """Draw one video per prompt -> [B, VIDEO_FRAMES, 3, VIDEO_SIZE, VIDEO_SIZE] in [0, 1]."""
+def draw_videos(
+    prompts: list[str], generator: torch.Generator, frames: int = VIDEO_FRAMES
+) -> torch.Tensor:
+    """Draw one video per prompt -> [B, frames, 3, VIDEO_SIZE, VIDEO_SIZE] in [0, 1].
+
+    A motion takes the whole video: with more frames it is slower.
+    """
     scenes = [parse_prompt(p, "video") for p in prompts]
-    return _draw(scenes, VIDEO_FRAMES, VIDEO_SIZE, generator)
+    return _draw(scenes, frames, VIDEO_SIZE, generator)
 
 
 def _draw(scenes: list[Scene], frames: int, size: int, generator: torch.Generator) -> torch.Tensor:
