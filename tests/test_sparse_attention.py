@@ -143,7 +143,9 @@ def test_the_error_falls_as_the_density_rises(sink, text):
     q = q / 8  # attention that reaches beyond its frame or place
     exact = scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v)))
     errors = []
-    for density in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0):
+    # The first frame alone, as queries and keys, is 1 - (7 / 8)^2 of the elements.
+    least = () if sink else (0.1, 0.2)
+    for density in (*least, 0.3, 0.5, 0.7, 0.9, 1.0):
         plan = make_plan(density, sink, (text, text), text)
         output = sparse_attention(q, k, v, plan, rows_of(plan))[0].transpose(1, 2)
         errors.append((output - exact).square().mean().item())

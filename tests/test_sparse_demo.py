@@ -156,7 +156,7 @@ def test_the_demo_tells_and_writes_what_the_four_runs_did(model, steps, density,
     valid = tokens + (0 if model == "wan" else len(prompt.split()))
     sink = 25 if model == "wan" else 0
     i, j = torch.arange(valid)[:, None], torch.arange(valid)
-    always = (i >= tokens) | (j >= tokens) | (j < sink)
+    always = (i >= tokens) | (j >= tokens) | (i < sink) | (j < sink)
     counts = [int((always | ((i - j).abs() <= w)).sum()) for w in range(tokens)]
     kept = max(count for count in counts if count <= density * valid**2) / valid**2
     thin = (steps - dense_steps) / steps * 8 / 9

@@ -39,7 +39,7 @@ def dense(bounds: Tensor, length: int) -> Tensor:
             for j in range(length):
                 if i >= valid_end or j >= valid_end:
                     kept = i >= valid_end and j >= valid_end
-                elif i >= video_end or j >= video_end or j < sink:
+                elif max(i, j) >= video_end or min(i, j) < sink:
                     kept = True
                 else:
                     kept = abs(i - j) <= window
@@ -115,7 +115,20 @@ def test_the_kept_share_is_the_density(case):
         ]
         assert kept == count[0]
         assert window == 0 or kept <= density * valid_end**2
-        assert window == video_end - 1 or count[1] > density * valid_end**2
+        assert window >= video_end - sink - 1 or count[1] > density * valid_end**2
+
+
+@draws(60)
+@given(geometries(), st.integers(1, 12))
+def test_a_band_is_narrow_where_it_does_not_reach_a_frame(case, frame_size):
+    sink, _, text, _, density, _ = case
+    frames = 2 + sink // frame_size
+    video_end = frames * frame_size
+    sink = min(sink, 1) * frame_size
+    end = torch.tensor([video_end + text], dtype=torch.int32)
+    window = masks.make_bounds(sink, video_end, end, density)[0, 3].item()
+    narrow = masks.is_narrow(sink, (frames, 1, frame_size), text, density)
+    assert narrow == (window < frame_size)
 
 
 @pytest.mark.parametrize(("sink", "text"), [(0, 256), (3600, 0)])

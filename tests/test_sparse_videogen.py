@@ -39,7 +39,7 @@ FAMILIES = ("hunyuan-video", "wan")
 ATTENTION = {"hunyuan-video": "attn", "wan": "attn1"}
 STEPS = 5
 SPARSE = SparseVideoGenConfig(
-    density=0.4, dense_steps=0.4, block_size=16, num_inference_steps=STEPS
+    density=0.7, dense_steps=0.4, block_size=16, num_inference_steps=STEPS
 )
 CACHE = DiCacheConfig(schedule="CCRCR", num_inference_steps=STEPS)
 
@@ -262,6 +262,20 @@ def test_what_has_no_time_to_look_along_stays_dense(family, frames):
     model = build(family)
     apply_sparse_videogen(model, changed(dense_steps=0.0))
     assert sparse_calls(model, family, video(family, 2, frames=frames)) == ["DDDD", "DDDD"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_band_narrower_than_a_frame_is_told_once(family):
+    told = []
+    for density in (0.05, 0.7):
+        model = build(family)
+        apply_sparse_videogen(model, changed(dense_steps=0.0, density=density))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            outputs(model, video(family, 3))
+        told.append([str(each.message) for each in caught if "frames of" in str(each.message)])
+    assert [len(each) for each in told] == [1, 0]
+    assert "density is 0.05 and the video has 5 frames of" in told[0][0]
 
 
 def test_gradients_are_recorded_through_full_attention():

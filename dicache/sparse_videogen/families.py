@@ -22,7 +22,7 @@ class SparseFamily:
         processor: Class name of the processor that is replaced there.
         sparse_processor: The class that takes its place.
         patch: Frames, height and width of a token in the latents, from the model's configuration.
-        sink_frames: Number of leading frames that all queries attend.
+        sink_frames: Number of leading frames that attend, and are attended by, the whole video.
         text_mask: Argument of the model whose ones are the valid text tokens that follow the video
             in its sequence; `None` where there is no text in it.
         density: Value for `SparseVideoGenConfig(density=None)`.

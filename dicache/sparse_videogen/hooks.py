@@ -31,6 +31,7 @@ from .attention import Plan
 from .config import SparseVideoGenConfig
 from .families import find_sparse_family, supported_classes
 from .kept_heads import KeptHeads
+from .masks import is_narrow
 from .profiling import draw_rows
 from .recorder import Recorder
 from .stats import SparseVideoGenStats
@@ -321,10 +322,23 @@ class _SparseTransformer:
                 f"{_GPU_BLOCK}; smaller blocks are for the CPU."
             )
         family, size, valid = self.family, self.config.block_size, self._valid_text(call)
+        self._warn_of_narrow_band(call)
         plan = Plan.make(family.sink_frames, call.grid, call.text, valid, self.density, size)
         entry = (key, None if mask is None else weakref.ref(mask), plan)
         self._plans = [*self._plans[1 - _MOST_PLANS :], entry]
         return plan
+
+    def _warn_of_narrow_band(self, call: _Call) -> None:
+        frames, height, width = call.grid
+        sink = self.family.sink_frames * height * width
+        if is_narrow(sink, call.grid, call.text, self.density):
+            self.session.warn(
+                "narrow",
+                f"The density is {self.density:g} and the video has {frames} frames of "
+                f"{height * width} tokens. Beside what is always kept, that leaves no head as much "
+                f"as a frame around its token, and the picture suffers. Raise "
+                f"SparseVideoGenConfig(density=...), or draw videos as short as this without it.",
+            )
 
     def _valid_text(self, call: _Call) -> Tensor:
         """int32 [B], how many of the text's tokens are no padding."""

@@ -1,15 +1,18 @@
 """Which query attends which key: one band, the always-kept tokens around it, and its block tables.
 
-A sequence is [sink | video | text | padding], with frame-major video. Text is always kept, as
-queries and as keys, and the sink (Wan's first frame) as keys; of the others a pair is kept if its
-positions are at most W apart. In frame-major order that band is a window over neighbouring frames
+A sequence is [sink | video | text | padding], with frame-major video. Text and sink (Wan's first
+frame) are always kept, as queries and as keys; of the others a pair is kept if its positions are at
+most W apart. In frame-major order that band is a window over neighbouring frames
 (spatial heads); in token-major order, all frames of one place after another, the same band is a
 window over neighbouring places in all frames (temporal heads). So one mask serves both, and heads
 differ by the order of their tokens alone. Padding attends padding only, and nobody else does.
 
+The sink's queries look at everything because in a temporal head they have no place in the band: the
+tokens around them there are those of the first places in the picture.
+
 Everything is computed from the intervals' ends, on the device: nothing of size S x S, and nothing
-waits for the host. Source: arXiv 2502.01776, section 3; the band over single tokens, and its width
-from the share that is kept, are ours.
+waits for the host. Source: arXiv 2502.01776, section 3; the band over single tokens, its width from
+the share that is kept, and the sink's queries are ours.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def make_bounds(sink: int, video_end: int, valid_end: Tensor, density: float) ->
     """What a mask depends on, for every sample.
 
     Args:
-        sink: Number of leading tokens that are kept as keys for all queries.
+        sink: Number of leading tokens that are always kept.
         video_end: Number of sink and video tokens, n.
         valid_end: int32 [B] number of sink, video and valid text tokens, e.
         density: Share of the e^2 elements to keep.
@@ -49,13 +52,20 @@ def make_bounds(sink: int, video_end: int, valid_end: Tensor, density: float) ->
 def kept_elements(sink: int, video_end: int, valid_end: Tensor, window: Tensor) -> Tensor:
     """Number of pairs among the valid tokens that a band of this half-width W keeps.
 
-    Text rows and columns: e^2 - n^2. Sink columns: n s. Of the other columns s <= j < n, each has
-    min(W, j) rows before it, min(W, n - 1 - j) behind it, and itself.
+    All e^2, but of the m x m among the m = n - s tokens between sink and text the band alone: the
+    diagonal, and on either side of it the sum of min(W, k) over k < m.
     """
-    n, others = video_end, video_end - sink
-    before = _sum_min(window, n) - _sum_min(window, sink)
-    behind = _sum_min(window, others)
-    return valid_end**2 - n**2 + n * sink + before + behind + others
+    banded = video_end - sink
+    return valid_end**2 - banded**2 + banded + 2 * _sum_min(window, banded)
+
+
+def is_narrow(sink: int, grid: tuple[int, int, int], text: int, density: float) -> bool:
+    """Whether a band of this density does not reach as far as one frame."""
+    frames, height, width = grid
+    video_end = frames * height * width
+    length = torch.tensor(video_end + text)
+    kept = kept_elements(sink, video_end, length, torch.tensor(height * width))
+    return bool(kept > density * length**2)
 
 
 def _sum_min(window: Tensor, count: int) -> Tensor:
@@ -74,7 +84,7 @@ def is_kept(i: Tensor, j: Tensor, bounds: Tensor) -> Tensor:
     sink, video_end, valid_end, window = bounds.unbind(-1)
     valid = (i < valid_end) & (j < valid_end)
     padding = (i >= valid_end) & (j >= valid_end)
-    always = (j < sink) | (i >= video_end) | (j >= video_end)
+    always = (i < sink) | (j < sink) | (i >= video_end) | (j >= video_end)
     return (valid & (always | ((i - j).abs() <= window))) | padding
 
 
@@ -132,22 +142,20 @@ def kept_blocks(bounds: Tensor, length: int, block_size: int) -> tuple[Tensor, T
     i, i_end, j, j_end = starts[:, None], ends[:, None], starts, ends
     sink, video_end, valid_end, window = (each[:, None, None] for each in bounds.unbind(-1))
 
+    # What the band alone may keep: rows and columns between the sink and the text.
+    row, row_end = i.maximum(sink), i_end.minimum(video_end)
+    column, column_end = j.maximum(sink), j_end.minimum(video_end)
+
     valid = (i < valid_end) & (j < valid_end)
-    text = (i_end.minimum(valid_end) > video_end) | (j_end.minimum(valid_end) > video_end)
-    gap = (j - i_end.minimum(video_end)).maximum(i - j_end.minimum(video_end)) + 1
-    near = (i < video_end) & (j < video_end) & (gap <= window)
+    only_band = (i >= sink) & (i_end.minimum(valid_end) <= video_end)
+    only_band = only_band & (j >= sink) & (j_end.minimum(valid_end) <= video_end)
+    gap = (column - row_end).maximum(row - column_end) + 1
     padding = (i_end > valid_end) & (j_end > valid_end)
-    some = (valid & (text | (j < sink) | near)) | padding
+    some = (valid & (~only_band | (gap <= window))) | padding
 
     all_valid = (i_end <= valid_end) & (j_end <= valid_end)
-    # What the band alone may keep: video rows, and the columns between the sink and the text.
-    rows_end, first, columns_end = (
-        i_end.minimum(video_end),
-        j.maximum(sink),
-        j_end.minimum(video_end),
-    )
-    none_left = (i >= rows_end) | (first >= columns_end)
-    reach = (rows_end - 1 - first).maximum(columns_end - 1 - i)
+    none_left = (row >= row_end) | (column >= column_end)
+    reach = (row_end - 1 - column).maximum(column_end - 1 - row)
     all_padding = (i >= valid_end) & (j >= valid_end)
     inside = (i + block_size <= length) & (j + block_size <= length)
     whole = inside & ((all_valid & (none_left | (reach <= window))) | all_padding)
