@@ -5,6 +5,9 @@ PYTHON ?= python3
 # GB); without a GPU: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
+# Processes of `make test`; each takes 1 to 2 GB.
+JOBS ?= 2
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 READY := .venv/.ready
@@ -15,8 +18,9 @@ demo: $(READY)
 	$(BIN)/dicache demo --out demo-output
 
 # Not `python -m pytest`: that would make the folder kernels/ importable under its bare name.
+# Whole files in each process: what a file sets up is set up once.
 test: $(READY)
-	$(BIN)/pytest -q -m "not gpu and not large"
+	$(BIN)/pytest -q -m "not gpu and not large" -n $(JOBS) --dist loadfile
 
 # The tests that draw their cases, with 20 times as many, and others than in `make test`.
 fuzz: $(READY)
