@@ -88,7 +88,7 @@ def demo(
 
     Runs the real diffusers pipelines, prints what DiCache saved and how close its pictures are, and
     writes pictures, animations and a plot of what the cache decided in every step. With --sparse,
-    video models draw densely, sparsely, with DiCache and with both.
+    the models of longer videos draw densely, sparsely, with DiCache and with both.
     """
     from .demo import run_demo
 

@@ -180,7 +180,7 @@ class _TransformerCache:
             self._compile = compiled_like(self._compiled_before)
             if self._compile is None:  # first of all: a warning may be made an error
                 self._warn_of_plain_blocks()
-        is_bare = _is_bare(self.transformer)
+        is_bare = _has_own_forward(self.transformer)
         self._hook = RootHook(self, self.calls, self.calls.reset)
         self._hook.put_on(self.transformer, _HOOK)
         self._bare_forward = self.transformer.forward if is_bare else None
@@ -578,7 +578,7 @@ def _put_back(module: nn.Module, compiled: Callable[..., Any] | None) -> None:
         module._compiled_call_impl = compiled
 
 
-def _is_bare(transformer: nn.Module) -> bool:
+def _has_own_forward(transformer: nn.Module) -> bool:
     """Whether the model is one of diffusers' and its `forward` is as it was written there."""
     kind = type(transformer)
     function: Any = kind.forward
