@@ -86,7 +86,9 @@ def record(transformer: nn.Module) -> list[Call]:
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         assert not args, "these pipelines call with keywords"
-        calls.append(Call(dict(kwargs), output[0]))
+        # Pipelines change a dictionary of theirs between the branches.
+        given = {name: dict(v) if isinstance(v, dict) else v for name, v in kwargs.items()}
+        calls.append(Call(given, output[0]))
 
     transformer.register_forward_hook(note, with_kwargs=True)
     return calls
