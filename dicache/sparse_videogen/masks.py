@@ -63,9 +63,9 @@ def is_narrow(sink: int, grid: tuple[int, int, int], text: int, density: float) 
     """Whether a band of this density does not reach as far as one frame."""
     frames, height, width = grid
     video_end = frames * height * width
-    length = torch.tensor(video_end + text)
-    kept = kept_elements(sink, video_end, length, torch.tensor(height * width))
-    return bool(kept > density * length**2)
+    length = video_end + text
+    kept = kept_elements(sink, video_end, torch.tensor(length), torch.tensor(height * width))
+    return kept.item() > density * length**2
 
 
 def _sum_min(window: Tensor, count: int) -> Tensor:
