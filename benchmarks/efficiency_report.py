@@ -6,14 +6,13 @@ Needs neither torch nor dicache. A time on a CPU is no figure of a GPU: its goal
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from report_tables import Column, Row, facts_of_a_run, make_table, number_cell, text_cell
 from stages import Outcome, results_of, verdict
-
-Row = dict[str, Any]
 
 EFFICIENCY_GOAL = 0.98
 TENSORS_GOAL = 5
@@ -245,11 +244,7 @@ def _facts(findings: Findings, command: str) -> str:
     versions = findings.last("versions").get("versions", {})
     versions |= {key: model[key] for key in ("diffusers", "cache_dit") if key in model}
     status = findings.last("backends").get("status", {})
-    lines = [f"`{command}`", ""]
-    lines += [f"- {name}: {' / '.join(str(fact).splitlines())}" for name, fact in facts.items()]
-    lines += ["- versions: " + ", ".join(f"{name} {value}" for name, value in versions.items())]
-    lines += [f"- backend {name}: {value}" for name, value in status.items()]
-    return "\n".join(lines)
+    return facts_of_a_run(command, facts, versions, status)
 
 
 def _goals(findings: Findings) -> str:
@@ -261,60 +256,39 @@ def _goals(findings: Findings) -> str:
     return "\n".join(lines)
 
 
-Column = tuple[str, Callable[[Row], str]]
-
-
-def _number(key: str, digits: int = 1, scale: float = 1.0) -> Callable[[Row], str]:
-    def cell(row: Row) -> str:
-        return "" if row.get(key) is None else f"{row[key] * scale:.{digits}f}"
-
-    return cell
-
-
-def _text(key: str) -> Callable[[Row], str]:
-    return lambda row: str(row.get(key, ""))
-
-
 def _peak(row: Row) -> str:
     extra = row.get("extra_peak_bytes")
     return "not measured" if extra is None else f"{extra / 2**20:.0f}"
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(title for title, _ in columns) + " |"]
-    lines.append("|---|" + "--:|" * (len(columns) - 1))
-    lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
-    return "\n".join(lines)
-
-
 _STEPS: tuple[Column, ...] = (
-    ("full step, ms", _number("full_ms", 2)),
-    ("computed step, ms", _number("computed_ms", 2)),
-    ("ideal skipped, ms", _number("ideal_ms", 2)),
-    ("skipped step, ms", _number("skipped_ms", 2)),
+    ("full step, ms", number_cell("full_ms", 2)),
+    ("computed step, ms", number_cell("computed_ms", 2)),
+    ("ideal skipped, ms", number_cell("ideal_ms", 2)),
+    ("skipped step, ms", number_cell("skipped_ms", 2)),
     ("skipped - ideal, ms", lambda row: f"{row['skipped_ms'] - row['ideal_ms']:.2f}"),
 )
 _MEMORY: tuple[Column, ...] = (
     ("extra peak, MiB", _peak),
-    ("cache tensors a context", _number("cache_tensors", 0)),
-    ("cache a context, MiB", _number("cache_bytes", 2, 2**-20)),
+    ("cache tensors a context", number_cell("cache_tensors", 0)),
+    ("cache a context, MiB", number_cell("cache_bytes", 2, scale=2**-20)),
 )
 
 
 def _whole_columns() -> tuple[Column, ...]:
     return (
-        ("implementation", _text("implementation")),
+        ("implementation", text_cell("implementation")),
         ("steps", lambda row: str(len(row["mask"]))),
         ("skipped", lambda row: str(row["mask"].count("R"))),
-        ("blocks", _text("blocks")),
+        ("blocks", text_cell("blocks")),
         (
             "un-cached, s",
             lambda row: ", ".join(f"{ms / 1e3:.2f}" for ms in row["uncached_loop_ms"]),
         ),
-        ("cached, s", _number("loop_ms", 2, 1e-3)),
-        ("speed-up", _number("speed_up", 3)),
-        ("**efficiency, measured**", _number("efficiency", 4)),
-        ("of a run of ideal steps", _number("of_ideal_run", 4)),
+        ("cached, s", number_cell("loop_ms", 2, scale=1e-3)),
+        ("speed-up", number_cell("speed_up", 3)),
+        ("**efficiency, measured**", number_cell("efficiency", 4)),
+        ("of a run of ideal steps", number_cell("of_ideal_run", 4)),
         *_STEPS,
         *_MEMORY,
     )
@@ -322,19 +296,19 @@ def _whole_columns() -> tuple[Column, ...]:
 
 def _short_columns(tiny: bool) -> tuple[Column, ...]:
     costs: tuple[Column, ...] = (
-        ("launches in a skipped step", _number("launches", 0)),
-        ("idle in a skipped step, ms", _number("idle_ms", 3)),
+        ("launches in a skipped step", number_cell("launches", 0)),
+        ("idle in a skipped step, ms", number_cell("idle_ms", 3)),
     )
     if tiny:
-        costs = (("operators in a skipped step", _number("operators", 0)),)
+        costs = (("operators in a skipped step", number_cell("operators", 0)),)
     return (
-        ("implementation", _text("implementation")),
+        ("implementation", text_cell("implementation")),
         ("followed the mask", lambda row: "**no**" if row["deviation"] else "yes"),
-        ("blocks", _text("blocks")),
-        ("blocks in a skipped call", _text("blocks_in_a_skipped_call")),
+        ("blocks", text_cell("blocks")),
+        ("blocks in a skipped call", text_cell("blocks_in_a_skipped_call")),
         *_STEPS,
-        ("efficiency, estimated", _number("efficiency", 4)),
-        ("speed-up, estimated", _number("speed_up", 3)),
+        ("efficiency, estimated", number_cell("efficiency", 4)),
+        ("speed-up, estimated", number_cell("speed_up", 3)),
         *costs,
         *_MEMORY,
     )
@@ -373,7 +347,7 @@ def _whole(findings: Findings, name: str, model: Row) -> str:
             )
         if row["deviation"]:
             lines.append(f"- **did not follow the mask**: {row['deviation']}")
-    return "### Whole runs\n\n" + _table(_whole_columns(), rows) + "\n\n" + "\n".join(lines)
+    return "### Whole runs\n\n" + make_table(_whole_columns(), rows) + "\n\n" + "\n".join(lines)
 
 
 def _short(findings: Findings, name: str, model: Row) -> str:
@@ -401,7 +375,7 @@ def _short(findings: Findings, name: str, model: Row) -> str:
             f"- short runs with {rows[0]['blocks']} of {model['blocks']} blocks, to fit into the "
             f"time: their efficiencies are lower than those of the whole model"
         )
-    table = _table(_short_columns(findings.tiny), rows) if rows else "Not measured."
+    table = make_table(_short_columns(findings.tiny), rows) if rows else "Not measured."
     return table + ("\n\n" + "\n".join(lines) if lines else "")
 
 
@@ -411,31 +385,31 @@ def _explored(findings: Findings) -> str:
     parts = []
     if graphs:
         columns: tuple[Column, ...] = (
-            ("model", _text("model")),
-            ("eager, GPU ms", _number("eager_ms", 3)),
-            ("eager, host ms", _number("eager_host_ms", 3)),
-            ("launches", _number("launches", 0)),
-            ("graph, GPU ms", _number("graph_ms", 3)),
-            ("graph, host ms", _number("graph_host_ms", 3)),
+            ("model", text_cell("model")),
+            ("eager, GPU ms", number_cell("eager_ms", 3)),
+            ("eager, host ms", number_cell("eager_host_ms", 3)),
+            ("launches", number_cell("launches", 0)),
+            ("graph, GPU ms", number_cell("graph_ms", 3)),
+            ("graph, host ms", number_cell("graph_host_ms", 3)),
         )
-        parts.append("### The probe block as a CUDA graph\n\n" + _table(columns, list(graphs)))
+        parts.append("### The probe block as a CUDA graph\n\n" + make_table(columns, list(graphs)))
     if compiled:
         columns = (
-            ("model", _text("model")),
-            ("blocks", _text("blocks")),
-            ("full step, eager, ms", _number("eager_full_ms", 2)),
-            ("full step, compiled, ms", _number("full_ms", 2)),
-            ("computed step, ms", _number("computed_ms", 2)),
-            ("ideal skipped, ms", _number("ideal_ms", 2)),
-            ("skipped step, ms", _number("skipped_ms", 2)),
-            ("efficiency, estimated", _number("efficiency", 4)),
-            ("compiling, s", _number("compile_seconds", 0)),
+            ("model", text_cell("model")),
+            ("blocks", text_cell("blocks")),
+            ("full step, eager, ms", number_cell("eager_full_ms", 2)),
+            ("full step, compiled, ms", number_cell("full_ms", 2)),
+            ("computed step, ms", number_cell("computed_ms", 2)),
+            ("ideal skipped, ms", number_cell("ideal_ms", 2)),
+            ("skipped step, ms", number_cell("skipped_ms", 2)),
+            ("efficiency, estimated", number_cell("efficiency", 4)),
+            ("compiling, s", number_cell("compile_seconds", 0)),
         )
         rows = [_judged(findings, row) for row in compiled]
         names = sorted({row["implementation"] for row in rows if "implementation" in row})
         text = "Blocks under `compile_repeated_blocks(fullgraph=True)`"
         text += f", and {', '.join(names)} on them." if names else "."
-        parts.append("### Compiled blocks\n\n" + text + "\n\n" + _table(columns, rows))
+        parts.append("### Compiled blocks\n\n" + text + "\n\n" + make_table(columns, rows))
     return "## Explored\n\n" + "\n\n".join(parts) if parts else ""
 
 

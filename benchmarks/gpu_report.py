@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import rows
+from report_tables import facts_of_a_run
 from rows import Row
 from stages import Outcome, results_of, verdict
 
@@ -179,11 +180,7 @@ def _markdown(findings: Findings, command: str) -> str:
 def _facts(findings: Findings, command: str) -> str:
     versions, facts = findings.one("versions", "versions"), findings.one("facts", "facts")
     status = findings.one("backends", "status")
-    lines = [f"`{command}`", ""]
-    lines += [f"- {name}: {' / '.join(str(fact).splitlines())}" for name, fact in facts.items()]
-    lines += ["- versions: " + ", ".join(f"{name} {value}" for name, value in versions.items())]
-    lines += [f"- backend {name}: {value}" for name, value in status.items()]
-    return "\n".join(lines)
+    return facts_of_a_run(command, facts, versions, status)
 
 
 def _stages(findings: Findings) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from report_tables import Column, Row, facts_of_a_run, make_table, number_cell, text_cell
 from stages import Outcome, results_of, verdict
 
-Row = dict[str, Any]
 Kind = tuple[str, str]  # the short run that has such a step, and its letter there
 
 RUNS = ("dense", "sparse", "DiCache", "both")
@@ -262,12 +262,7 @@ def _markdown(findings: Findings, command: str) -> str:
 def _facts(findings: Findings, command: str) -> str:
     facts = findings.last("facts").get("facts", {})
     status = findings.last("backends").get("status", {})
-    lines = [f"`{command}`", ""]
-    lines += [f"- {name}: {' / '.join(str(fact).splitlines())}" for name, fact in facts.items()]
-    versions = _versions(findings).items()
-    lines += ["- versions: " + ", ".join(f"{name} {value}" for name, value in versions)]
-    lines += [f"- backend {name}: {value}" for name, value in status.items()]
-    return "\n".join(lines)
+    return facts_of_a_run(command, facts, _versions(findings), status)
 
 
 def _goals(findings: Findings) -> str:
@@ -279,34 +274,13 @@ def _goals(findings: Findings) -> str:
     return "\n".join(lines)
 
 
-Column = tuple[str, Callable[[Row], str]]
-
-
-def _number(key: str, digits: int = 2, unit: str = "", scale: float = 1.0) -> Callable[[Row], str]:
-    def cell(row: Row) -> str:
-        return "" if row.get(key) is None else f"{row[key] * scale:.{digits}f}{unit}"
-
-    return cell
-
-
-def _text(key: str) -> Callable[[Row], str]:
-    return lambda row: str(row.get(key, ""))
-
-
 _TIMES: tuple[Column, ...] = (
-    ("fastest, ms", _number("fastest_ms")),
-    ("median, ms", _number("median_ms")),
-    ("calls", _text("samples")),
-    ("over dense", _number("over_dense", 2, "x")),
+    ("fastest, ms", number_cell("fastest_ms")),
+    ("median, ms", number_cell("median_ms")),
+    ("calls", text_cell("samples")),
+    ("over dense", number_cell("over_dense", 2, "x")),
 )
-_PEAK: Column = ("peak, MiB", _number("peak_bytes", 0, "", 2**-20))
-
-
-def _table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(title for title, _ in columns) + " |"]
-    lines.append("|---|" + "--:|" * (len(columns) - 1))
-    lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
-    return "\n".join(lines)
+_PEAK: Column = ("peak, MiB", number_cell("peak_bytes", 0, "", 2**-20))
 
 
 def _measured_on(row: Row) -> str:
@@ -321,19 +295,19 @@ def _attention(findings: Findings) -> str:
     _, length, heads, width = tokens["shape"]
     grid = " x ".join(map(str, tokens["video"]))
     columns: tuple[Column, ...] = (
-        ("case", _text("case")),
-        ("density", _number("density")),
+        ("case", text_cell("case")),
+        ("density", number_cell("density")),
         *_TIMES,
-        ("ideal", _number("ideal", 2, "x")),
-        ("blocks", _number("kept_blocks", 1, " %", 100)),
-        ("temporal heads", _text("temporal_heads")),
+        ("ideal", number_cell("ideal", 2, "x")),
+        ("blocks", number_cell("kept_blocks", 1, " %", 100)),
+        ("temporal heads", text_cell("temporal_heads")),
         _PEAK,
     )
     lines = [
         f"{length:,} tokens ({grid} of video, {tokens['text']} of text), {heads} heads of {width}; "
         f"{_measured_on(rows[0])}.",
         "",
-        _table(columns, rows),
+        make_table(columns, rows),
         "",
     ]
     lines += _against_fastest(rows)
@@ -365,18 +339,18 @@ def _composed(findings: Findings) -> str:
         return "Not measured."
     short, blocks = findings.of_kind("steps"), schedule["blocks"]
     columns: tuple[Column, ...] = (
-        ("run", _text("run")),
+        ("run", text_cell("run")),
         ("steps", lambda row: " + ".join(f"{n} x {name}" for name, n in row["steps"].items())),
-        ("composed, s", _number("seconds")),
-        ("over dense", _number("over_dense", 2, "x")),
+        ("composed, s", number_cell("seconds")),
+        ("over dense", number_cell("over_dense", 2, "x")),
     )
     of_steps: tuple[Column, ...] = (
-        ("short run", _text("run")),
-        ("mask", _text("mask")),
-        ("computed step, ms", _number("computed_ms")),
-        ("reused step, ms", _number("reused_ms")),
+        ("short run", text_cell("run")),
+        ("mask", text_cell("mask")),
+        ("computed step, ms", number_cell("computed_ms")),
+        ("reused step, ms", number_cell("reused_ms")),
         ("all steps, ms", lambda row: ", ".join(f"{ms:.0f}" for ms in row["step_ms"])),
-        ("blocks", _text("blocks")),
+        ("blocks", text_cell("blocks")),
         _PEAK,
     )
     lines = [
@@ -384,9 +358,9 @@ def _composed(findings: Findings) -> str:
         f"`{schedule['mask']}`; with sparse attention the first {schedule['leading']} steps are "
         f"dense.",
         "",
-        _table(columns, rows),
+        make_table(columns, rows),
         "",
-        _table(of_steps, short) if short else "No step was measured.",
+        make_table(of_steps, short) if short else "No step was measured.",
     ]
     fewer = sorted({row["blocks"] for row in short} - {blocks})
     if fewer:
@@ -403,14 +377,14 @@ def _blocks(findings: Findings) -> str:
     if not rows:
         return "Not measured."
     columns: tuple[Column, ...] = (
-        ("block", _text("block")),
-        ("mode", _text("mode")),
-        ("attention", _text("attention")),
-        ("density", _number("density")),
+        ("block", text_cell("block")),
+        ("mode", text_cell("mode")),
+        ("attention", text_cell("attention")),
+        ("density", number_cell("density")),
         *_TIMES,
         _PEAK,
     )
-    return f"{_measured_on(rows[0])}.\n\n{_table(columns, rows)}"
+    return f"{_measured_on(rows[0])}.\n\n{make_table(columns, rows)}"
 
 
 def _troubles(findings: Findings) -> str:
