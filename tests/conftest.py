@@ -11,3 +11,12 @@ def _quiet_torch():
     with torch.no_grad():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def plain_flex_attention(monkeypatch):
+    """Sparse attention is the same mask in plain arithmetic, in eager code."""
+    monkeypatch.setattr("dicache.sparse_videogen.attention.COMPILED", False)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -6,8 +6,6 @@ compile it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,18 +16,12 @@ from dicache.sparse_videogen.attention import Plan, sparse_attention
 from dicache.sparse_videogen.masks import is_kept
 from dicache.sparse_videogen.profiling import draw_rows, sampled_masks, temporal_heads
 
+pytestmark = pytest.mark.usefixtures("plain_flex_attention")
+
 FRAMES, HEIGHT, WIDTH = 8, 4, 6
 FRAME = HEIGHT * WIDTH
 VIDEO = FRAMES * FRAME
 KINDS = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0]], dtype=torch.uint8)
-
-
-@pytest.fixture(autouse=True)
-def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(attention, "COMPILED", False)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def make_plan(

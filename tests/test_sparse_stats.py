@@ -5,7 +5,6 @@ Elements are counted pair by pair here, on models whose videos have five frames 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,17 +25,11 @@ from dicache import (
 )
 from dicache.sparse_videogen import attention
 
+pytestmark = pytest.mark.usefixtures("plain_flex_attention")
+
 FRAMES, FRAME = 5, 16
 VIDEO = FRAMES * FRAME
 RULES = changed(stats=True)  # density 0.7; of five steps two are dense, of four blocks one
-
-
-@pytest.fixture(autouse=True)
-def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(attention, "COMPILED", False)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def count_kept(sink: int, valid: int, window: int) -> int:

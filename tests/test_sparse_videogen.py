@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
 from typing import Any
@@ -35,6 +35,8 @@ from dicache import (
 )
 from dicache.sparse_videogen import attention, hooks
 
+pytestmark = pytest.mark.usefixtures("plain_flex_attention")
+
 FAMILIES = ("hunyuan-video", "wan")
 ATTENTION = {"hunyuan-video": "attn", "wan": "attn1"}
 STEPS = 5
@@ -42,14 +44,6 @@ SPARSE = SparseVideoGenConfig(
     density=0.7, dense_steps=0.4, block_size=16, num_inference_steps=STEPS
 )
 CACHE = DiCacheConfig(schedule="CCRCR", num_inference_steps=STEPS)
-
-
-@pytest.fixture(autouse=True)
-def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(attention, "COMPILED", False)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def changed(**fields: Any) -> SparseVideoGenConfig:
