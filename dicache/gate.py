@@ -38,13 +38,16 @@ class Gate:
     def decide(self, error: float, gamma: float, leader_reuses: bool | None = None) -> str:
         """ "reuse" or "resume" for a probed step; `accumulated_error` then holds what was compared.
 
-        A non-finite error or gamma resumes, and so does the step after `max_consecutive_reuse`.
-        Else, where another gate leads, its answer is taken. Call `finish` when the step is done.
+        A non-finite error or gamma resumes. Else, where another gate leads, its answer is taken,
+        but `max_consecutive_reuse` holds. Call `finish` when the step is done.
         """
         self.accumulated_error += error
-        if not (math.isfinite(error) and math.isfinite(gamma)) or self._is_at_limit:
+        if not (math.isfinite(error) and math.isfinite(gamma)):
             return "resume"
-        reuses = self.may_reuse() if leader_reuses is None else leader_reuses
+        if leader_reuses is None:
+            reuses = self.may_reuse()
+        else:
+            reuses = leader_reuses and not self._is_at_limit
         return "reuse" if reuses else "resume"
 
     def may_reuse(self) -> bool:
@@ -62,7 +65,7 @@ class Gate:
     def _is_at_limit(self) -> bool:
         """Whether so many steps in a row were reused that the next one has to be computed."""
         limit = self.config.max_consecutive_reuse
-        return limit is not None and not self.config.schedule and self.consecutive_reuse >= limit
+        return limit is not None and self.consecutive_reuse >= limit
 
     def finish(self, reused: bool) -> None:
         """Count a reused step, or start anew after a computed one."""

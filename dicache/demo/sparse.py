@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dicache import DiCacheConfig, SparseVideoGenConfig
+from dicache import DiCacheConfig, SparseVideoGenConfig, SparseVideoGenStats
 from dicache.demo.metrics import PSNR_CAP, Quality, quality
 from dicache.demo.runner import (
     Decode,
@@ -88,8 +88,7 @@ def four_runs(
 def density(run: Run) -> float:
     """Kept elements over elements of the attention that a run computed; 1 without sparsity."""
     records = [record for stats in run.sparse.values() for record in stats.records()]
-    elements = sum(record.elements for record in records)
-    return sum(record.kept for record in records) / elements if elements else 1.0
+    return SparseVideoGenStats({"all": records}).density
 
 
 def rows(samples: Sequence[FourRuns]) -> list[Row]:

@@ -1,10 +1,10 @@
 """What a model's block lists hold while a step is reused: not the blocks that are left out.
 
 Calling a module takes torch a microsecond even where nothing happens, and a model has up to a
-hundred blocks. So between the decision to reuse and the end of the call the lists hold twins. A
-twin is of its block's class and shares its attributes: whoever looks at it sees the block. Only
-calling it is another thing, and returns the arguments that the block would have changed; a twin
-that somebody kept is the block again as soon as nothing is skipped.
+hundred blocks. So between the decision to reuse and the last block the lists hold twins. A twin is
+of its block's class and shares its attributes: whoever looks at it sees the block. Only calling it
+is another thing, and returns the arguments that the block would have changed; a twin that somebody
+kept is the block again as soon as nothing is skipped.
 
 A list that the model has not begun to loop over can be shorter still, and hold only what runs, as
 long as nobody but the model's own loop is there to look at it. Another thread might: one that saves
