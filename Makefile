@@ -17,7 +17,6 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/dicache demo --out demo-output
 
-# Not `python -m pytest`: that would make the folder kernels/ importable under its bare name.
 # Whole files in each process: what a file sets up is set up once.
 test: $(READY)
 	$(BIN)/pytest -q -m "not gpu and not large" -n $(JOBS) --dist loadfile

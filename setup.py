@@ -33,6 +33,17 @@ CXX = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "
 NVCC = ["-std=c++20", "-O3", "--fmad=false", "-lineinfo", "-DUSE_CUDA"]
 
 
+def check_links() -> None:
+    """A checkout without symbolic links would install, but without its Triton kernels."""
+    if not (ROOT / "dicache" / "kernels" / "__init__.py").is_file():
+        sys.exit(
+            "dicache/kernels is no link to kernels/triton, so the Triton kernels would be missing. "
+            "Check the repository out with symbolic links (git config core.symlinks true, then git "
+            "checkout -- dicache/kernels; on Windows that takes the developer mode), or install "
+            "from a source distribution, which has none."
+        )
+
+
 def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for p in patterns for path in ROOT.glob(p))
 
@@ -133,6 +144,7 @@ def build_command() -> type:
     return Build
 
 
+check_links()
 if BUILD not in ("", "0", "cpu", "cuda"):
     sys.exit(f"DICACHE_BUILD={BUILD!r}. Expected 0, cpu or cuda, or leave it unset.")
 try:

@@ -14,15 +14,13 @@ explore aside; a missed goal is a finding, not a failure.
 from __future__ import annotations
 
 import functools
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import efficiency_report
-from stages import Outcome, Stage, exit_code, make_parser, parse, run_stages, tell
+from stages import Outcome, Stage, exit_code, importable, make_parser, parse, run_stages, tell
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -83,19 +81,6 @@ def _command(script: str, *arguments: str) -> list[str]:
     return [sys.executable, str(FOLDER / script), *arguments]
 
 
-def imports(scratch: Path) -> dict[str, str]:
-    """Environment in which `dicache` can be imported, installed or not.
-
-    By a link to the package: with the repository itself on the path, its folder kernels/ would pass
-    for the package of that name that transformers asks for, and diffusers would not import.
-    """
-    (scratch / "dicache").symlink_to(ROOT / "dicache", target_is_directory=True)
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    others = [Path(entry).resolve() for entry in given if entry]
-    kept = [str(folder) for folder in (scratch, *others) if folder != ROOT]
-    return {"PYTHONPATH": os.pathsep.join(kept)}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all stages and write the report."""
     parser = make_parser(__doc__.splitlines()[0], BUDGET_SECONDS, "a model")
@@ -113,13 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes.append(outcome)
         tell(outcome, write)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        environment = imports(Path(scratch))
-        if tiny:
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # also where a GPU is
-        run_facts(environment, report)
-        for name in args.models:
-            run_model(name, args.device, args.budget, environment, report)
+    environment = importable(ROOT)
+    if tiny:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # also where a GPU is
+    run_facts(environment, report)
+    for name in args.models:
+        run_model(name, args.device, args.budget, environment, report)
     write()
     print((out / "efficiency.md").read_text())
     return exit_code([outcome for outcome in outcomes if not outcome.name.startswith(EXPLORE)])

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gpu_report
-from stages import Outcome, Stage, exit_code, has_gpu, run_stages, tell
+from stages import Outcome, Stage, exit_code, has_gpu, importable, run_stages, tell
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = str(Path(__file__).resolve().parent / "gpu_tasks.py")
@@ -34,8 +34,8 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 
 def plan(dry: bool, prebuilt: Path | None, scratch: Path) -> list[Stage]:
     """All stages in order; what cannot run here says so."""
-    facts = Stage("environment", _task("environment"), 60, environment=_imports(ROOT))
-    status = Stage("backends", _task("backends"), 60, environment=_imports(ROOT))
+    facts = Stage("environment", _task("environment"), 60, environment=importable(ROOT))
+    status = Stage("backends", _task("backends"), 60, environment=importable(ROOT))
     return [
         facts,
         _build_stage(dry),
@@ -65,24 +65,17 @@ def _dry_bench_stages() -> list[Stage]:
 
 def _bench_stage(task: str, names: list[str], limit_s: float, reserve_s: float) -> Stage:
     name = " ".join(["bench", *names])
-    return Stage(name, _task(task, *names), limit_s, reserve_s, _imports(ROOT))
+    return Stage(name, _task(task, *names), limit_s, reserve_s, importable(ROOT))
 
 
 def _bytes_stage(backend: str, dry: bool) -> Stage:
     skip = NO_GPU if dry else _missing("ncu")
     command = _task("count-bytes", backend)
-    return Stage(f"bytes {backend}", command, 45, 15, _imports(ROOT), skip)
+    return Stage(f"bytes {backend}", command, 45, 15, importable(ROOT), skip)
 
 
 def _task(*arguments: str) -> list[str]:
     return [sys.executable, TASKS, *arguments]
-
-
-def _imports(folder: Path) -> dict[str, str]:
-    # The package need not be installed. This also makes the folder kernels/ importable under its
-    # bare name, which is harmless: nothing here imports it.
-    given = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": str(folder) + (os.pathsep + given if given else "")}
 
 
 def _missing(program: str) -> str | None:
@@ -107,17 +100,16 @@ def _prebuilt_stage(prebuilt: Path | None, scratch: Path) -> Stage:
     ignored = shutil.ignore_patterns("_C*", "_build_info*", "__pycache__", "demo", "cli")
     shutil.copytree(ROOT / "dicache", copy, ignore=ignored)
     shutil.copyfile(prebuilt, copy / f"_C{prebuilt.suffix}")
-    return Stage("prebuilt", _task("check-cpp"), 60, environment=_imports(copy.parent))
+    return Stage("prebuilt", _task("check-cpp"), 60, environment=importable(copy.parent))
 
 
 def _tests_stage(dry: bool, scratch: Path) -> Stage:
     files = sorted((ROOT / "tests").glob("test_operators*.py"))
     files += sorted((ROOT / "tests").glob("test_triton*.py"))
     files.append(ROOT / "tests" / "test_session.py")
-    # Not `python -m pytest` with the root on the path first: safe path, as `pytest` itself does.
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     command += [f"--junitxml={scratch / 'tests.xml'}", *map(str, files)]
-    environment = {**_imports(ROOT), "PYTHONSAFEPATH": "1"}
+    environment = importable(ROOT)
     skip = NO_GPU if dry else None if files else "there is no test of the operators"
     return Stage("tests", command, 150, environment=environment, skip=skip)
 
@@ -126,7 +118,7 @@ def _sanitizer_stage(tool: str, backend: str, dry: bool) -> Stage:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
     command += _task("exercise", backend)
     # Torch's caching allocator would hide reads beyond a tensor's end.
-    environment = {**_imports(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {**importable(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     skip = NO_GPU if dry else _missing("compute-sanitizer")
     return Stage(f"{tool} {backend}", command, 45, environment=environment, skip=skip)
 

@@ -14,13 +14,11 @@ failure.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import sparse_report
-from efficiency import imports
-from stages import Outcome, Stage, exit_code, make_parser, parse, run_stages, tell
+from stages import Outcome, Stage, exit_code, importable, make_parser, parse, run_stages, tell
 
 FOLDER = Path(__file__).resolve().parent
 BUDGET_SECONDS = 530.0
@@ -53,12 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def report(outcomes: list[Outcome]) -> None:
         tell(outcomes[-1], lambda: sparse_report.write(outcomes, out, command, tiny))
 
-    with tempfile.TemporaryDirectory() as scratch:
-        environment = imports(Path(scratch))
-        if tiny:
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # also where a GPU is
-        stages = plan(args.device, environment)
-        outcomes = run_stages(stages, args.budget, FOLDER.parent, report)
+    environment = importable(FOLDER.parent)
+    if tiny:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # also where a GPU is
+    outcomes = run_stages(plan(args.device, environment), args.budget, FOLDER.parent, report)
     sparse_report.write(outcomes, out, command, tiny)
     print((out / "sparse.md").read_text())
     return exit_code(outcomes)

@@ -25,6 +25,12 @@ _LOG_LIMIT = 1_000_000  # characters of one stage's output that are kept
 SKIP_CODE = 77
 
 
+def importable(folder: Path) -> dict[str, str]:
+    """Environment in which a stage can import what lies in `folder`, installed or not."""
+    given = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": str(folder) + (os.pathsep + given if given else "")}
+
+
 @dataclass(frozen=True)
 class Stage:
     """A command with a time limit; `reserve_s` is what earlier stages have to leave for it."""

@@ -1,6 +1,6 @@
 """Scratch memory of the launches that add up: a ticket, then a row of partial sums a block.
 
-csrc/include/dicache/launch_plan.h and kernels/launch.py plan within these bounds.
+csrc/include/dicache/launch_plan.h and kernels/triton/launch.py plan within these bounds.
 """
 
 from __future__ import annotations

@@ -158,3 +158,66 @@ def test_without_compiled_modules_the_reference_runs_and_says_why(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "DICACHE_BUILD=cpu" in done.stdout
     assert "tensor(6.)" in done.stdout
+
+
+# --- the folder kernels/ -------------------------------------------------------------------------
+
+
+def test_a_checkout_without_symbolic_links_is_told_so_instead_of_built(tmp_path):
+    """As git leaves it where links are switched off: a file with the target's path in it."""
+    assert run_setup(tmp_path, "--version", DICACHE_BUILD="0").returncode == 0
+    link = tmp_path / "dicache" / "kernels"
+    link.unlink()
+    link.write_text("../kernels/triton")
+    done = run_setup(tmp_path, "--version", DICACHE_BUILD="0")
+    assert done.returncode != 0
+    assert "core.symlinks" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_source_distribution_without_links_can_be_built(tmp_path):
+    sources, packed, unpacked = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    sources.mkdir()
+    done = run_setup(sources, "-q", "sdist", "-d", str(packed), DICACHE_BUILD="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = packed.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(unpacked, filter="data")
+    (folder,) = unpacked.iterdir()
+    assert not (folder / "dicache" / "kernels").is_symlink()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=folder,
+        env={**os.environ, "DICACHE_BUILD": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["alone", "with Hugging Face's"])
+def test_the_roots_folder_kernels_is_no_package_to_others(installed, tmp_path):
+    """`python -c` and `python -m` put the working directory first on the path."""
+    if installed:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("get_kernel = object()")
+    looks = "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin)"
+    done = subprocess.run(
+        [sys.executable, "-c", looks],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    found = str(tmp_path / "kernels" / "__init__.py") if installed else "None"
+    assert done.stdout.strip() == found, done.stderr
+
+
+def test_diffusers_imports_from_the_roots_folder():
+    pytest.importorskip("diffusers")
+    done = subprocess.run(
+        [sys.executable, "-c", "from diffusers import FluxPipeline; print('imported')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "imported", done.stderr

@@ -268,6 +268,16 @@ def test_version_and_help(capsys):
         assert all(name in text for name in ("demo", "generate", "info"))
 
 
+def test_python_runs_the_package_as_the_command():
+    def run(*arguments):
+        command = [sys.executable, "-m", "dicache", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert run("--version").stdout == f"dicache {dicache.__version__}\n"
+    wrong = run("generate", "--threshold", "-1")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("dicache: ")
+
+
 def test_help_imports_no_model_library():
     code = (
         "import sys; from dicache.cli import main; assert main(['generate', '--help']) == 0;"

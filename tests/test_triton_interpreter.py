@@ -47,7 +47,7 @@ def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     checks = subprocess.run(
         [*command, "-o", "python_functions=check_*", Path(__file__).name],
-        cwd=Path(__file__).parent,  # not the root, from where a top-level `kernels` would be found
+        cwd=Path(__file__).parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

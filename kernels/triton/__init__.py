@@ -4,9 +4,10 @@ Every function is one launch (beside allocations) and gives the same bits from r
 depends on sizes and device alone, and partial sums are added in an order fixed by their index.
 `combine_residuals` and the windows of `record_residuals` equal the reference bit by bit.
 
-Import it as `dicache.kernels`: the folder enters the package through the symlink `dicache/kernels`,
-and no top-level `kernels` is ever installed, because that name belongs to another project. Nothing
-imports this package before a Triton backend is chosen, so `import dicache` works without Triton.
+Import it as `dicache.kernels`: this folder enters the package through the link `dicache/kernels`.
+The one above it has no `__init__.py`, so that it is nobody's package: `kernels` is a project of
+Hugging Face's, which others look for. Nothing imports this package before a Triton backend is
+chosen, so `import dicache` works without Triton.
 """
 
 from .alignment import alignment_statistics, finish_alignment_statistics
