@@ -22,8 +22,16 @@ import torch
 import workloads
 from torch import Tensor, nn
 
-from dicache import DiCacheConfig, apply_dicache, get_stats, ops, remove_dicache
-from dicache.integrations import BlockStack, ModelFamily, find_family
+from dicache import (
+    BlockStack,
+    DiCacheConfig,
+    ModelFamily,
+    apply_dicache,
+    get_stats,
+    ops,
+    remove_dicache,
+)
+from dicache.driver.families import find_family
 
 
 @dataclass(frozen=True)

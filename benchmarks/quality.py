@@ -48,7 +48,7 @@ from diffusers import FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConf
 import dicache
 from dicache import DiCacheConfig
 from dicache.demo import pipelines, shapes
-from dicache.integrations.families import find_family
+from dicache.driver.families import find_family
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STEPS = {"flux": 30, "hunyuan-video": 50, "wan": 50}

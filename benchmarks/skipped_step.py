@@ -36,17 +36,19 @@ from diffusers import FirstBlockCacheConfig
 from torch import nn
 
 from dicache import RunStats, apply_dicache, get_stats, ops
-from dicache.readback import Readback
+from dicache.adapters.diffusers.attach import cache_on
+from dicache.core.readback import Readback
 
 STEPS, WARM_UP = 60, 5
 ROUNDS, TURNS = 12, 4
 # In order of time, and what each part is of. cache_context is there before and after the call.
 PARTS = {
     "cache_context": "pipeline",
-    "open the step": "cache",
+    "take the call": "cache",
     "embeddings": "model",
-    "take x and p": "cache",
+    "open the step": "cache",
     "probe block": "model",
+    "take x and p": "cache",
     "statistics": "cache",
     "numbers to the host": "cache",
     "gate": "cache",
@@ -144,18 +146,20 @@ def make_models(stamps: TimeStamps) -> dict[str, Any]:
 
 
 def _stamp_cached(model: Any, stamps: TimeStamps) -> None:
-    hook = model._diffusers_hook.get_hook("dicache")
-    hook.fn_ref.forward = stamps.around(hook.fn_ref.forward, "open the step", "head")
-    first, last = hook.owner.block_calls[0], hook.owner.block_calls[-1]
-    first.inner = stamps.around(first.inner, "take x and p", "probe block")
-    corners = ((first, "embeddings", "gate"), (last, "pass through", "hand out"))
-    for call, before, inside in corners:
-        # Both, or the cache would find itself covered and install itself again.
-        call.call = call.block._compiled_call_impl = stamps.around(call.call, before, inside)
+    cache = cache_on(model)
+    assert cache is not None
+    hook, driver = model._diffusers_hook.get_hook("dicache"), cache.model
+    hook.fn_ref.forward = stamps.around(hook.fn_ref.forward, "take the call", "head")
+    for name, before, inside in (
+        ("enter_blocks", "embeddings", "open the step"),
+        ("after_probe", "probe block", "gate"),
+        ("reuse", "pass through", "hand out"),
+    ):
+        setattr(driver, name, stamps.around(getattr(driver, name), before, inside))
 
 
 def _stamp_alone(model: Any, stamps: TimeStamps) -> None:
-    model.forward = stamps.around(model.forward, "open the step", "head")
+    model.forward = stamps.around(model.forward, "take the call", "head")
     block = model.transformer_blocks[0]
     block.forward = stamps.around(block.forward, "embeddings", "probe block")
 
@@ -177,7 +181,7 @@ def _stamped_functions(stamps: TimeStamps) -> Iterator[None]:
 
     host = "numbers to the host"
     with (
-        mock.patch("dicache.trajectory.resolve_backend", resolve_stamped),
+        mock.patch("dicache.core.trajectory.resolve_backend", resolve_stamped),
         mock.patch.object(Readback, "wait", stamps.around(Readback.wait, host, host)),
     ):
         yield
@@ -299,7 +303,7 @@ def plot(found: Measurement, path: Path) -> None:
     segments["embeddings, probe block and head, longer than alone"] = sum(
         found.added("model").values()
     )
-    colors = [*plt.get_cmap("tab20").colors[:10], "0.85"]
+    colors = [*plt.get_cmap("tab20").colors[:11], "0.85"]
     left, labelled = 0.0, 0.04 * found.above_probe(FIRST_BLOCK) / 1e3
     for color, (name, nanoseconds) in zip(colors, segments.items(), strict=True):
         width = nanoseconds / 1e3

@@ -52,9 +52,10 @@ from dicache import (
     remove_dicache,
     reset_dicache,
 )
+from dicache.adapters.diffusers.attach import sessions
+from dicache.core.rules import resolve
 from dicache.demo import pipelines as demo
-from dicache.integrations import find_family
-from dicache.integrations.diffusers import sessions
+from dicache.driver.families import find_family
 
 TOLERANCE = 1e-5  # relative to the largest latent
 GROWTH = 48 * 2**20  # bytes that the memory of a process moves without a leak
@@ -367,19 +368,13 @@ def prepared_end(pipe: Any, plan: Plan, outcome: Outcome) -> Iterator[None]:
 def with_schedules(pipe: Any, config: DiCacheConfig, masks: dict[str, str]) -> Any:
     """Cache a pipeline with the same rules, but a given schedule for each context.
 
-    A configuration has one schedule for all contexts, so the session gets each one's as it opens
-    a step of it.
+    A configuration has one schedule for all contexts, so the session gets each one's beside it.
     """
     config = replace(config, schedule="C", cfg="independent")
     apply_dicache(pipe, config)
     session = sessions(pipe)["transformer"]
-    open_step = session.open_step
-
-    def open_scheduled_step(context: str, *args: Any, **kwargs: Any) -> Any:
-        session.config = replace(config, schedule=masks.get(context) or "C")
-        return open_step(context, *args, **kwargs)
-
-    session.open_step = open_scheduled_step  # type: ignore[method-assign]
+    for name, schedule in masks.items():
+        session.rules_of[name] = resolve(replace(config, schedule=schedule))
     return pipe
 
 

@@ -6,9 +6,13 @@
 Importing this package imports neither diffusers nor Triton.
 """
 
+from .adapters import apply_dicache, get_stats, remove_dicache, reset_dicache
 from .config import DiCacheConfig
-from .integrations import apply_dicache, get_stats, remove_dicache, reset_dicache
-from .session import Decision, DiCacheSession, DiCacheWarning
+from .core.judge import Decision
+from .core.session import DiCacheSession
+from .core.warning import DiCacheWarning
+from .core.where import Where
+from .driver.families import BlockStack, ModelFamily, register_family
 from .sparse_videogen import (
     SparseVideoGenConfig,
     SparseVideoGenStats,
@@ -19,18 +23,22 @@ from .sparse_videogen import (
 from .stats import RunStats, StepRecord
 
 __all__ = [
+    "BlockStack",
     "Decision",
     "DiCacheConfig",
     "DiCacheSession",
     "DiCacheWarning",
+    "ModelFamily",
     "RunStats",
     "SparseVideoGenConfig",
     "SparseVideoGenStats",
     "StepRecord",
+    "Where",
     "apply_dicache",
     "apply_sparse_videogen",
     "get_sparse_videogen_stats",
     "get_stats",
+    "register_family",
     "remove_dicache",
     "remove_sparse_videogen",
     "reset_dicache",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any
 
 import torch
 
+from .error_rules import ERROR_RULES
+
 _ROUNDINGS = ("floor", "nearest", "next")
-_ERRORS = ("delta_y", "delta_minus", "alignment", "weighted_alignment")
 _ALIGNMENTS = ("l1", "least_squares")
 _GRANULARITIES = ("batch", "sample")
 _CFGS = ("independent", "shared")
@@ -102,7 +102,7 @@ class DiCacheConfig:
         ratio_ok = _is_number(self.retention_ratio, 0) and self.retention_ratio <= 1
         self._check("retention_ratio", ratio_ok, "a number from 0 to 1")
         self._check_choice("retention_rounding", _ROUNDINGS)
-        self._check_choice("error", _ERRORS)
+        self._check_choice("error", tuple(ERROR_RULES))
         self._check_choice("alignment", _ALIGNMENTS)
         self._check_choice("granularity", _GRANULARITIES)
         self._check_choice("cfg", _CFGS)
@@ -113,7 +113,7 @@ class DiCacheConfig:
         self._check("cache_device", self.cache_device in (None, "cpu"), "None or 'cpu'")
         self._check_gamma_range()
         self._check_schedule()
-        if self.verifies_alignment and self.alignment != "least_squares":
+        if ERROR_RULES[self.error].verifies_alignment and self.alignment != "least_squares":
             raise ValueError(
                 f"error={self.error!r} is the misfit of the least-squares gamma, but alignment is "
                 f"{self.alignment!r}. Expected alignment='least_squares', or another error."
@@ -144,21 +144,6 @@ class DiCacheConfig:
         if self.retention_rounding == "next":
             return math.floor(steps) + 1
         return math.floor(steps + 0.5 if self.retention_rounding == "nearest" else steps)
-
-    @cached_property
-    def packs(self) -> bool:
-        """Whether the cache's tensors are kept in another form than operators take."""
-        return self.cache_dtype is not None or self.cache_device is not None
-
-    @cached_property
-    def verifies_alignment(self) -> bool:
-        """Whether the error asks how well the trajectory predicts the probe."""
-        return self.error in ("alignment", "weighted_alignment")
-
-    @cached_property
-    def needs_num_inference_steps(self) -> bool:
-        """Whether a rule of this configuration depends on the length of the run."""
-        return self.schedule is None and (self.retention_ratio > 0 or self.compute_last_step)
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+MOST_RECORDS = 10_000  # a context; a run of which nobody says where it ends must not grow for ever
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -38,7 +40,8 @@ class RunStats:
     """Statistics of one run, which is one pass of a denoising loop over its timesteps.
 
     Attributes:
-        contexts: The records of every context (`"cond"`, `"uncond"`, ...), in order of steps.
+        contexts: The records of every context (`"cond"`, `"uncond"`, ...), in order of steps: the
+            last 5,000 at least.
         block_calls: Transformer blocks that ran, probes included; counted by the integration, 0
             where a loop drives the session by itself.
         block_samples: The same, each call counted once for every sample that went through it.

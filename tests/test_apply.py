@@ -18,16 +18,19 @@ from tiny_pipelines import pipeline, run
 from torch import Tensor, nn
 
 from dicache import (
+    BlockStack,
     DiCacheConfig,
     DiCacheWarning,
+    ModelFamily,
     RunStats,
     apply_dicache,
     get_stats,
+    register_family,
     remove_dicache,
     reset_dicache,
 )
-from dicache.integrations import BlockStack, ModelFamily, families, register_family
-from dicache.integrations.diffusers import sessions
+from dicache.adapters.diffusers.attach import sessions
+from dicache.driver import families
 
 ALWAYS = DiCacheConfig(threshold=float("inf"), retention_ratio=0, compute_last_step=False)
 FIRST_BLOCK = FirstBlockCacheConfig(threshold=10.0)
@@ -240,7 +243,7 @@ class PlainTransformer(nn.Module):
 
 @pytest.fixture
 def plain_family(monkeypatch):
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    monkeypatch.setattr(families, "_FAMILIES", [*families._FAMILIES])
     stack = BlockStack("layers", outputs=("states", "text"), hidden_states="states")
     family = ModelFamily("plain", "PlainTransformer", (stack,), threshold=0.5)
     register_family(family)

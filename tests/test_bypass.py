@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from helpers import cached_model
 from tiny_models import blocks, build, calls
 from torch import nn
 
 from dicache import DiCacheConfig, apply_dicache, get_stats
-from dicache.integrations.bypass import Bypass, twin_class
+from dicache.driver.bypass import Bypass, twin_class
 
 ALWAYS = DiCacheConfig(threshold=math.inf, retention_ratio=0, compute_last_step=False)
 FAMILIES = ("flux", "hunyuan-video", "wan")
@@ -31,14 +32,14 @@ def in_the_head(model: nn.Module, look: Any) -> None:
 
 def behind_the_decision(model: nn.Module, look: Any) -> None:
     """Call `look` in the model's loop, where a reused step begins to leave out blocks."""
-    cache = model._diffusers_hook.get_hook("dicache").owner  # type: ignore[union-attr]
-    take = cache.after_probe
+    cached = cached_model(model)
+    take = cached.after_probe
 
-    def after_probe(p: torch.Tensor) -> None:
-        take(p)
+    def after_probe(*args: Any) -> None:
+        take(*args)
         look()
 
-    cache.after_probe = after_probe
+    cached.after_probe = after_probe  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -212,7 +213,9 @@ def test_a_list_whose_loras_may_be_scaled_stays_whole(family: str, argument: str
     assert lengths_in_reused_steps(family, model, **{argument: {}}) == [length, length]
 
 
-class _Cache:
+class _Running:
+    """A model in the middle of a reused step."""
+
     skips = True
 
 
@@ -223,11 +226,11 @@ class _Add(nn.Module):
         return "ran", x
 
 
-def bypass_of(blocks: nn.ModuleList, *chosen: nn.Module) -> tuple[Bypass, _Cache]:
-    cache = _Cache()
-    kind = twin_class(_Add, cache, ("text", "x"), ("x", "text", "temb"))
+def bypass_of(blocks: nn.ModuleList, *chosen: nn.Module) -> tuple[Bypass, _Running]:
+    running = _Running()
+    kind = twin_class(_Add, running, ("text", "x"), ("x", "text", "temb"))
     assert kind is not None
-    return Bypass(blocks, {_Add: kind}, set(chosen)), cache
+    return Bypass(blocks, {_Add: kind}, set(chosen)), running
 
 
 def test_arguments_come_back_by_name_and_by_position() -> None:
@@ -240,10 +243,10 @@ def test_arguments_come_back_by_name_and_by_position() -> None:
 
 def test_a_twin_that_somebody_kept_is_the_block_when_nothing_is_skipped() -> None:
     blocks = nn.ModuleList([_Add()])
-    bypass, cache = bypass_of(blocks, blocks[0])
+    bypass, running = bypass_of(blocks, blocks[0])
     bypass.begin({})
     kept = blocks[0]
-    cache.skips = False
+    running.skips = False
     assert kept(1) == ("ran", 1)
 
 
@@ -261,7 +264,7 @@ def test_a_list_that_changed_is_left_alone() -> None:
 def test_a_short_list_holds_what_runs_unless_a_call_counts_its_blocks() -> None:
     own = [_Add(), _Add(), _Add()]
     blocks = nn.ModuleList(own)
-    kind = twin_class(_Add, _Cache(), ("x",), ("x", "text", "temb"))
+    kind = twin_class(_Add, _Running(), ("x",), ("x", "text", "temb"))
     bypass = Bypass(blocks, {_Add: kind}, set(own[:2]), whole_for=("residuals",))
     for arguments, length in (({}, 1), ({"residuals": None}, 1), ({"residuals": 1}, 3)):
         bypass.begin(arguments)
@@ -304,4 +307,4 @@ def test_classes_that_a_subclass_could_not_stand_for_get_no_twin() -> None:
         __slots__ = ("value",)
 
     for kind in (Registering, Slotted):
-        assert twin_class(kind, _Cache(), ("x",), ("x",)) is None
+        assert twin_class(kind, _Running(), ("x",), ("x",)) is None

@@ -17,7 +17,7 @@ from tiny_pipelines import pipeline, run
 from torch import nn
 
 from dicache import DiCacheConfig, DiCacheWarning, apply_dicache, get_stats, remove_dicache
-from dicache.integrations import calls as tracker
+from dicache.adapters.diffusers.schedule import _index_of
 
 ALWAYS = DiCacheConfig(threshold=float("inf"), retention_ratio=0, compute_last_step=False)
 LETTERS = {"compute": "C", "resume": "c", "reuse": "R"}
@@ -166,10 +166,10 @@ def test_a_pipeline_that_follows_an_aborted_one_reuses_nothing_of_it(aborted_aft
 
 def test_the_first_timestep_in_thousandths_is_not_taken_for_the_last():
     timesteps = [1000.0, 500.0, 1.0]
-    assert tracker._index_of(1.0, timesteps) == 0  # t / 1000
-    assert tracker._index_of(500.0, timesteps) == 1
-    assert tracker._index_of(0.77, timesteps) == 0
-    assert tracker._index_of(None, timesteps) == 0
+    assert _index_of(1.0, timesteps) == 0  # t / 1000
+    assert _index_of(500.0, timesteps) == 1
+    assert _index_of(0.77, timesteps) == 0
+    assert _index_of(None, timesteps) == 0
 
 
 def test_a_block_in_two_places_is_refused_and_the_model_left_alone():

@@ -17,7 +17,7 @@ from PIL import Image
 import dicache
 from dicache import DiCacheConfig, apply_dicache, get_stats
 from dicache.cli import main
-from dicache.integrations import supported_families
+from dicache.driver.families import supported_families
 from dicache.ops import backend_status
 
 SIZE = ["--height", "32", "--width", "32"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from twin import Twin, assert_close, expected_run
 
 from dicache import DiCacheConfig, apply_dicache, get_stats, remove_dicache
-from dicache.integrations import supported_families
+from dicache.driver.families import supported_families
 
 ALL = tuple(FAMILIES)
 RULES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,14 @@ import torch
 from tiny_pipelines import pipeline, run
 from torch import Tensor
 
-from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, apply_dicache, get_stats
+from dicache import (
+    DiCacheConfig,
+    DiCacheSession,
+    DiCacheWarning,
+    Where,
+    apply_dicache,
+    get_stats,
+)
 
 NUM_STEPS = 16
 LETTERS = {"compute": "C", "resume": "c", "reuse": "R"}
@@ -32,10 +39,14 @@ def branch(step: int, jumps: float, batch: int = 1) -> tuple[Tensor, Tensor, Ten
 
 def step(session: DiCacheSession, name: str, index: int, values: tuple[Tensor, ...]) -> str:
     x, p, y = values
-    with session.step(
-        name, timestep=1 - index / NUM_STEPS, num_inference_steps=NUM_STEPS
-    ) as opened:
-        opened.pairs_branches = name == "cond_uncond"
+    half = range(len(x) // 2)
+    where = Where(
+        name,
+        timestep=1 - index / NUM_STEPS,
+        num_steps=NUM_STEPS,
+        leaders=(*half, *half) if name == "cond_uncond" else None,
+    )
+    with session.step(where) as opened:
         if opened.needs_probe:
             opened.probe(x, p)
         if opened.action == "reuse":

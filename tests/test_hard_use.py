@@ -14,7 +14,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ from dicache import (
     remove_dicache,
     reset_dicache,
 )
+from dicache.adapters.diffusers.attach import sessions
 from dicache.demo import pipelines as demo
-from dicache.integrations.diffusers import sessions
 
 # Of six steps floor(0.34 * 6) = 2 are retained, the last is computed, and all between are reused:
 # whoever counts steps wrongly, or begins in the middle, gets another mask.
@@ -298,17 +298,55 @@ def test_a_callback_runs_another_pipeline_on_the_same_transformer() -> None:
     assert torch.equal(latents, expected)
 
 
-def test_requests_that_take_turns_on_one_transformer() -> None:
-    """What a server does that locks the transformer's call; threads add nothing to it."""
+def test_requests_in_lockstep_on_one_transformer_are_cached_each_for_itself() -> None:
+    """What a server does that locks the transformer's call; threads add nothing to it.
+
+    The first request's first call looks like one that was given up when the second one's comes, so
+    its history begins a step later.
+    """
+    model = build("flux")
+    rules = {"threshold": math.inf, "num_inference_steps": 8}
+    apply_dicache(model, DiCacheConfig(**rules))
+    requests = [calls("flux", 8, seed=seed) for seed in (0, 1)]
+    alone = []
+    for request, begins_at in zip(requests, (1, 0), strict=True):
+        single = build("flux")
+        apply_dicache(single, DiCacheConfig(**rules))
+        first = outputs(build("flux"), request[:begins_at])
+        alone.append([*first, *outputs(single, request[begins_at:])])
+        alone[-1][-1] = outputs(build("flux"), request)[-1]  # a run's last step is computed
+    for step in range(8):
+        for request, expected in zip(requests, alone, strict=True):
+            with model.cache_context("cond"):
+                assert torch.equal(model(**request[step])[0], expected[step])
+    assert masks(model) == {"cond": "CRRRRRRC", "cond#2": "CRRRRRC"}
+
+
+@pytest.mark.parametrize("shares_text", (False, True))
+@pytest.mark.parametrize("context", (None, "cond"))
+def test_requests_that_take_turns_at_other_steps_are_computed_with_a_warning(
+    context: str | None, shares_text: bool
+) -> None:
     model, plain = build("flux"), build("flux")
     apply_dicache(model, DiCacheConfig(threshold=math.inf, num_inference_steps=8))
     requests = [calls("flux", 8, seed=seed) for seed in (0, 1)]
-    with pytest.warns(DiCacheWarning, match="take turns"):
-        for step in range(8):
-            for request in requests:
-                with model.cache_context("cond"):
-                    output = model(**request[step])[0]
-                assert torch.equal(output, plain(**request[step])[0])
+    for inputs in requests[1]:
+        if shares_text:
+            inputs["encoder_hidden_states"] = requests[0][0]["encoder_hidden_states"]
+    order = [*requests[0][:3]]  # then the second one begins
+    for ahead, behind in zip(requests[0][3:], requests[1], strict=False):
+        order += [ahead, behind]
+    told = []
+    for index, inputs in enumerate(order):
+        with ExitStack() as stack, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if context is not None:
+                stack.enter_context(model.cache_context(context))
+            output = model(**inputs)[0]
+        told += [each for each in caught if issubclass(each.category, DiCacheWarning)]
+        if index > 3:  # until the second one came, the first one was alone
+            assert torch.equal(output, plain(**inputs)[0])
+    assert len(told) == 1 and "take turns" in str(told[0].message)
 
 
 # Other ways to step.

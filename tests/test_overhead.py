@@ -14,9 +14,10 @@ from tiny_models import build, calls
 from tiny_pipelines import pipeline, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import dicache.integrations.calls as tracker
 from dicache import DiCacheConfig, apply_dicache, get_stats
-from dicache.readback import Readback
+from dicache.adapters.diffusers import locate, schedule
+from dicache.core import session
+from dicache.core.readback import Readback, as_number
 
 NO_RULES: dict[str, Any] = {"retention_ratio": 0, "compute_last_step": False}
 ALWAYS = DiCacheConfig(threshold=math.inf, **NO_RULES)
@@ -32,7 +33,7 @@ PUBLISHED = DiCacheConfig.preset("flux", threshold=0.0, **NO_RULES)
 @pytest.mark.parametrize("kind", ["flux", "wan"])
 def test_a_pipelines_step_waits_for_its_decision_and_nothing_else(kind, monkeypatch) -> None:
     waits, reads = [], []
-    wait, as_number = Readback.wait, tracker.as_number
+    wait = Readback.wait
 
     def counted_wait(readback: Readback) -> Any:
         waits.append(readback)
@@ -45,8 +46,8 @@ def test_a_pipelines_step_waits_for_its_decision_and_nothing_else(kind, monkeypa
     pipe = pipeline(kind)
     apply_dicache(pipe, DiCacheConfig(threshold=math.inf, retention_ratio=0.2))
     monkeypatch.setattr(Readback, "wait", counted_wait)
-    monkeypatch.setattr(tracker, "as_number", counted_read)
-    monkeypatch.setattr("dicache.session.as_number", counted_read)
+    for module in (locate, schedule, session):
+        monkeypatch.setattr(module, "as_number", counted_read)
     for _ in range(2):
         waits.clear(), reads.clear()
         run(kind, pipe, num_steps=8)

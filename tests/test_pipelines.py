@@ -27,7 +27,7 @@ from dicache import (
     remove_dicache,
     reset_dicache,
 )
-from dicache.trajectory import Trajectory
+from dicache.core.trajectory import Trajectory
 
 # The gate never stops: of six steps floor(0.34 * 6) = 2 are retained, and the last is computed.
 # Whoever counts steps or branches wrongly gets another mask.

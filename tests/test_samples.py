@@ -12,7 +12,7 @@ from tiny_pipelines import run as run_pipeline
 from torch import Tensor, nn
 
 from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, apply_dicache, get_stats
-from dicache.integrations.rows import Rows, UnknownRowsError
+from dicache.driver.samples import Samples, UnknownSamplesError
 
 LETTERS = {"compute": "C", "resume": "c", "reuse": "R"}
 NUM_STEPS, BATCH = 12, 3
@@ -235,7 +235,7 @@ def test_an_argument_that_nobody_named_runs_the_block_for_all(argument: dict[str
 
 
 def test_rows_are_gathered_by_name_and_scattered_back() -> None:
-    rows, whole = Rows([0, 2], torch.zeros(3, 4)), torch.arange(12.0).view(3, 4)
+    rows, whole = Samples([0, 2], torch.zeros(3, 4)), torch.arange(12.0).view(3, 4)
     given = {
         "temb": (whole, [whole[:1]]),
         "rope": whole[:2],
@@ -253,9 +253,9 @@ def test_rows_are_gathered_by_name_and_scattered_back() -> None:
     assert given["kwargs"]["ip"][0] is whole  # the caller's dictionary is as it was
     scattered = rows.scatter(-whole[[0, 2]], whole)
     assert torch.equal(scattered, torch.stack([-whole[0], whole[1], -whole[2]]))
-    with pytest.raises(UnknownRowsError, match="'rope' has shape"):
+    with pytest.raises(UnknownSamplesError, match="'rope' has shape"):
         rows.gather({"rope": torch.zeros(2, 4)}, ("rope",))
-    with pytest.raises(UnknownRowsError, match="'other' holds"):
+    with pytest.raises(UnknownSamplesError, match="'other' holds"):
         rows.gather({"other": [{"deep": whole}]}, ("rope",))
 
 

@@ -6,11 +6,12 @@ import weakref
 
 import pytest
 import torch
+from helpers import mask, trajectory_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, ops
-from dicache.readback import Readback
-from dicache.trajectory import Trajectory
+from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, Where, ops
+from dicache.core.readback import Readback
+from dicache.core.trajectory import Trajectory
 
 ALWAYS_REUSE = {"threshold": math.inf, "retention_ratio": 0.0, "compute_last_step": False}
 
@@ -31,15 +32,20 @@ def run_step(session, values, context="cond", **where):
         if step.action == "reuse":
             y = step.reuse(x)
         else:
-            step.record(*step.hold(x, p), y)
+            step.resume(x, p)
+            step.record(y)
     return step.action, y
 
 
 def actions(session, context="cond"):
-    return "".join(
-        {"compute": "C", "resume": "c", "reuse": "R"}[record.action]
-        for record in session.stats.contexts[context]
-    )
+    return mask(session.stats.contexts[context])
+
+
+def owned(session):
+    """The tensors that the trajectory of "cond" keeps."""
+    trajectory = trajectory_of(session)
+    buffers = [trajectory.store[name] for name in trajectory._names]
+    return [*buffers, trajectory.newest, trajectory.entry_sums]
 
 
 def drive(session, count, context="cond", **where):
@@ -56,15 +62,7 @@ def test_two_steps_of_a_new_phase_are_computed_before_one_is_reused(granularity)
     rules = {**ALWAYS_REUSE, "granularity": granularity}
     session, phases = DiCacheSession(DiCacheConfig(**rules)), ["dense"] * 4 + ["sparse"] * 6
     for seed, phase in enumerate(phases):
-        x, p, y = tensors(seed, shape=(1, 4, 8))
-        with session.step("cond") as step:
-            step.enter_phase(phase)
-            if step.needs_probe:
-                step.probe(x, p)
-            if step.action == "reuse":
-                step.reuse(x)
-            else:
-                step.record(*step.hold(x, p), y)
+        run_step(session, tensors(seed, shape=(1, 4, 8)), Where("cond", computes_in=phase))
     assert actions(session) == "CRRRCCRRRR"
 
 
@@ -74,8 +72,7 @@ def test_nothing_of_the_old_phase_is_left_in_what_is_reused():
         session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
         for seed, phase in enumerate(phases, start=7 - len(phases)):
             x, p, y = tensors(seed)
-            with session.step("cond") as step:
-                step.enter_phase(phase)
+            with session.step(Where("cond", computes_in=phase)) as step:
                 judged = step.needs_probe and seed > 4  # before, both compute
                 if judged:
                     step.probe(x, p)
@@ -373,7 +370,7 @@ def test_a_step_left_without_an_end_makes_the_next_one_compute(how):
     else:
         with session.step("cond") as step:
             step.probe(x, p)
-            step.hold(x, p)  # parks in the window: its entry is gone
+            step.resume(x, p)  # parks in the window: its entry is gone
     assert run_step(session, tensors(6))[0] == "compute"
     action, y = run_step(session, tensors(7))
     assert action == "reuse"
@@ -524,8 +521,7 @@ def test_state_is_allocated_once_and_rewritten_in_place():
     addresses = set()
     for seed in range(8):
         run_step(session, tensors(seed), num_inference_steps=20)
-        state = session._contexts["cond"].trajectory
-        addresses.add(tuple(t.data_ptr() for t in vars(state).values() if torch.is_tensor(t)))
+        addresses.add(tuple(tensor.data_ptr() for tensor in owned(session)))
     assert len(addresses) == 1
 
 
@@ -534,16 +530,16 @@ def test_held_tensors_live_in_the_cache_and_free_the_callers(rules):
     session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE, **rules))
     with session.step("cond") as step:
         x, p, y = tensors(0)
-        held = step.hold(x, p)
-        assert torch.equal(held[0], x)
-        assert torch.equal(held[1], p)
-        state = session._contexts["cond"].trajectory
-        owned = {t.untyped_storage().data_ptr() for t in vars(state).values() if torch.is_tensor(t)}
-        assert {tensor.untyped_storage().data_ptr() for tensor in held} <= owned
+        expected = y - x, p - x
+        step.resume(x, p)
         gone = weakref.ref(x), weakref.ref(p)
         del x, p
         assert gone[0]() is gone[1]() is None
-        step.record(*held, y)
+        step.record(y)
+    windows = (trajectory_of(session).store[name] for name in ("residual_window", "probe_window"))
+    assert all(
+        torch.equal(window[0], wanted) for window, wanted in zip(windows, expected, strict=True)
+    )
 
 
 def test_holding_changes_no_result():
@@ -557,8 +553,11 @@ def test_holding_changes_no_result():
                     step.probe(x, p)
                 if step.action == "reuse":
                     y = step.reuse(x)
+                elif holds:
+                    step.resume(x, p)
+                    step.record(y)
                 else:
-                    step.record(*(step.hold(x, p) if holds else (x, p)), y)
+                    step.record(x, p, y)
             results[holds].append(y)
     for plain, held in zip(*results, strict=True):
         assert torch.equal(plain, held)
@@ -576,7 +575,7 @@ def test_an_output_of_another_dtype_is_recorded_and_returned_in_it():
 def test_reset_frees_the_state_and_keeps_the_statistics():
     session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
     drive(session, 3)
-    buffer = weakref.ref(session._contexts["cond"].trajectory.residual_window)
+    buffer = weakref.ref(trajectory_of(session).store["residual_window"])
     stats = session.stats
     session.reset()
     assert buffer() is None
@@ -591,8 +590,7 @@ def test_state_takes_no_part_in_autograd():
     for seed in range(3):
         x, p, y = (tensor.requires_grad_() for tensor in tensors(seed))
         run_step(session, (x, p, y))
-    state = session._contexts["cond"].trajectory
-    assert not state.residual_window.requires_grad
+    assert not any(tensor.requires_grad for tensor in owned(session))
 
 
 # --- misuse --------------------------------------------------------------------------------------
@@ -688,7 +686,8 @@ def test_a_computed_step_is_one_operator_and_the_two_copies_that_park_x_and_p():
     drive(session, 2)
     x, p, y = tensors(2)
     with session.step("cond") as step, Dispatched() as dispatched:
-        step.record(*step.hold(x, p), y)
+        step.resume(x, p)
+        step.record(y)
     assert dispatched.names == ["aten::copy_", "aten::copy_", "dicache::record_residuals"]
 
 

@@ -140,7 +140,7 @@ class SessionMachine(RuleBasedStateMachine):
             for _ in range(3)
         )
         self.step = self.session.step(name, num_inference_steps=NUM_STEPS)
-        self.held: tuple[Any, Any] | None = None
+        self.held = False
         self.probed = False
         self.reuses = False
         asks = self.plain.asks(self.context)
@@ -164,7 +164,7 @@ class SessionMachine(RuleBasedStateMachine):
                 self.reuse()
                 continue
             if holds:
-                self.hold()
+                self.resume()
             self.record()
 
     @precondition(lambda self: self.step is not None and self.step.needs_probe and not self.probed)
@@ -192,19 +192,19 @@ class SessionMachine(RuleBasedStateMachine):
         """Whether it is settled that the open step is computed."""
         return self.step is not None and (self.probed or not self.step.needs_probe)
 
-    @precondition(lambda self: self.computes() and self.held is None)
+    @precondition(lambda self: self.computes() and not self.held)
     @rule()
-    def hold(self) -> None:
-        self.held = self.step.hold(self.x, self.p)
-        assert torch.equal(self.held[0], self.x) and torch.equal(self.held[1], self.p)
+    def resume(self) -> None:
+        self.step.resume(self.x, self.p)
+        self.held = True
         self.reuses = False  # computed after all
 
     @precondition(lambda self: self.step is not None)
     @rule()
     def record(self) -> None:
         """Also where the step might be reused, or was not probed though it might be."""
-        x, p = self.held or (self.x, self.p)
-        assert torch.equal(self.step.record(x, p, self.y), self.y)
+        given = (self.y,) if self.held else (self.x, self.p, self.y)
+        assert torch.equal(self.step.record(*given), self.y)
         self.context.window.append((self.y - self.x, self.p - self.x))
         del self.context.window[:-2]
         self.finish(reused=False, done=True)
@@ -243,9 +243,21 @@ class SessionMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.step is not None and not self.computes())
     @rule()
-    def hold_what_may_be_reused(self) -> None:
+    def resume_what_may_be_reused(self) -> None:
         with pytest.raises(RuntimeError, match="going to be computed"):
-            self.step.hold(self.x, self.p)
+            self.step.resume(self.x, self.p)
+
+    @precondition(lambda self: self.step is not None and not self.held)
+    @rule()
+    def record_without_inputs(self) -> None:
+        with pytest.raises(RuntimeError, match="after resume"):
+            self.step.record(self.y)
+
+    @precondition(lambda self: self.step is not None and self.held)
+    @rule()
+    def resume_twice(self) -> None:
+        with pytest.raises(RuntimeError, match="once"):
+            self.step.resume(self.x, self.p)
 
     @precondition(lambda self: self.ended is not None)
     @rule()
@@ -257,7 +269,7 @@ class SessionMachine(RuleBasedStateMachine):
         with pytest.raises(RuntimeError):
             self.ended.probe(torch.zeros(SHAPE), torch.zeros(SHAPE))
         with pytest.raises(RuntimeError):
-            self.ended.hold(torch.zeros(SHAPE), torch.zeros(SHAPE))
+            self.ended.resume(torch.zeros(SHAPE), torch.zeros(SHAPE))
         self.ended.close()
 
     @rule(number=st.sampled_from([0, -3]))

@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("psutil")
 
-from dicache.session import Step
+from dicache.core.step import Step
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "soak.py"
 ARGUMENTS = ["--tiny", "--seed", "1", "--runs"]
@@ -69,9 +69,9 @@ def test_a_leak_is_found(
 ) -> None:
     kept, record = [], Step.record
 
-    def keep(self: Step, x: Any, p: Any, y: Tensor) -> Tensor:
+    def keep(self: Step, y: Tensor) -> Tensor:
         kept.append(y.mean())  # small: it is the number of tensors that counts
-        return record(self, x, p, y)
+        return record(self, y)
 
     monkeypatch.setattr(Step, "record", keep)
     assert soak.main([*ARGUMENTS, "16"]) == 1
@@ -98,8 +98,8 @@ def test_steps_that_are_not_in_the_statistics_are_found(
 ) -> None:
     count, record = itertools.count(), Step.record
 
-    def forget(self: Step, x: Any, p: Any, y: Tensor) -> Tensor:
-        return y if next(count) == 100 else record(self, x, p, y)
+    def forget(self: Step, y: Tensor) -> Tensor:
+        return y if next(count) == 100 else record(self, y)
 
     monkeypatch.setattr(Step, "record", forget)
     assert soak.main([*ARGUMENTS, "16"]) == 1

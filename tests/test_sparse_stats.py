@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import sparse_part
 from test_sparse_videogen import FAMILIES, STEPS, changed, outputs, video
 from tiny_models import TEXT_TOKENS, blocks, build
 from tiny_pipelines import pipeline, run
@@ -169,7 +170,7 @@ def test_nothing_is_kept_where_nobody_asks():
     model = build("wan")
     apply_sparse_videogen(model, changed())
     outputs(model, video("wan"))
-    part = model._diffusers_hook.get_hook("sparse_videogen").owner
+    part = sparse_part(model)
     assert part.recorder is None and all(each.heads is None for each in part.processors)
     with pytest.raises(ValueError, match="WanTransformer3DModel has no statistics.*stats=True"):
         get_sparse_videogen_stats(model)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import sparse_part
 from tiny_models import TEXT_TOKENS, blocks, build, calls
 from tiny_pipelines import pipeline, run
 from torch import Tensor, nn
@@ -29,10 +30,10 @@ from dicache import (
     apply_dicache,
     apply_sparse_videogen,
     get_stats,
-    phase,
     remove_dicache,
     remove_sparse_videogen,
 )
+from dicache.adapters.diffusers.site import find_site
 from dicache.sparse_videogen import attention, hooks
 
 pytestmark = pytest.mark.usefixtures("plain_flex_attention")
@@ -110,6 +111,12 @@ def scrambled(family: str) -> nn.Module:
     return model
 
 
+def phase(model: nn.Module) -> Any:
+    """What was said of the attention of the call that runs, or of the last one."""
+    site = find_site(model)
+    return None if site is None else site.noted("sparse_videogen")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_density_one_is_full_attention(family):
     model, plain = scrambled(family), scrambled(family)
@@ -161,7 +168,7 @@ def test_leading_steps_and_layers_are_dense_bit_by_bit(family):
 def test_defaults_are_the_familys(family, density, dense_steps):
     model = build(family)
     apply_sparse_videogen(model)
-    config = part_of(model).config
+    config = sparse_part(model).config
     assert (config.density, config.dense_steps) == (density, dense_steps)
     assert (config.dense_layers, config.profiling_rows, config.block_size) == (1, 64, 128)
 
@@ -280,14 +287,10 @@ def test_gradients_are_recorded_through_full_attention():
     assert model.blocks[1].attn1.to_q.weight.grad.abs().sum() > 0
 
 
-def part_of(model: nn.Module) -> Any:
-    return model._diffusers_hook.get_hook("sparse_videogen").owner  # type: ignore[union-attr]
-
-
 def test_a_sequence_that_is_split_over_devices_is_dense_with_a_warning():
     model = build("wan")
     apply_sparse_videogen(model, changed(dense_steps=0.0))
-    part = part_of(model)
+    part = sparse_part(model)
     call = part._read({"hidden_states": torch.zeros(1, 4, 5, 8, 8)})
     assert part._is_sparse(0, call)
     for block in model.blocks:  # as enable_parallelism does
@@ -299,7 +302,7 @@ def test_a_sequence_that_is_split_over_devices_is_dense_with_a_warning():
 def test_small_blocks_are_refused_anywhere_but_on_the_cpu():
     model = build("wan")
     apply_sparse_videogen(model, SPARSE)
-    part = part_of(model)
+    part = sparse_part(model)
     call = part._read({"hidden_states": torch.zeros(1, 4, 5, 8, 8, device="meta")})
     with pytest.raises(ValueError, match="block_size is 16 on meta. Expected a multiple of 128"):
         part._plan(call)
@@ -359,10 +362,9 @@ def test_removal_leaves_no_trace(family):
     apply_sparse_videogen(model, SPARSE)
     assert traces(model) != before
     outputs(model, video(family))
-    assert phase.current(model) == "sparse"
+    assert phase(model) == "sparse"
     remove_sparse_videogen(model)
     assert traces(model) == before
-    assert phase.current(model) is None
     steps = video(family)
     for output, wanted in zip(outputs(model, steps), outputs(plain, steps), strict=True):
         assert torch.equal(output, wanted)
@@ -450,20 +452,9 @@ def test_the_phase_is_announced_before_the_blocks_run(family):
     model, seen = build(family), []
     apply_sparse_videogen(model, SPARSE)
     block = blocks(family, model)[0]
-    block.register_forward_pre_hook(lambda *_: seen.append(phase.current(model)))
+    block.register_forward_pre_hook(lambda *_: seen.append(phase(model)))
     outputs(model, video(family))
     assert seen == ["dense", "dense", "sparse", "sparse", "sparse"]
-
-
-def test_a_phase_is_a_modules_own():
-    module, other = nn.Linear(1, 1), nn.Linear(1, 1)
-    assert phase.current(module) is None
-    phase.announce(module, "dense")
-    phase.announce(module, "sparse")
-    assert (phase.current(module), phase.current(other)) == ("sparse", None)
-    phase.forget(module)
-    phase.forget(module)
-    assert phase.current(module) is None
 
 
 def test_applying_twice_is_refused_and_removing_nothing_warns():
@@ -550,7 +541,7 @@ def test_a_pipeline_from_end_to_end(name):
     apply_sparse_videogen(pipe, changed(num_inference_steps=None))
     phases: list[str | None] = []
     first = blocks(name, pipe.transformer)[0]
-    first.register_forward_pre_hook(lambda *_: phases.append(phase.current(pipe.transformer)))
+    first.register_forward_pre_hook(lambda *_: phases.append(phase(pipe.transformer)))
     with warnings.catch_warnings():
         warnings.simplefilter("error", DiCacheWarning)
         latents = run(name, pipe, STEPS, **options)
@@ -559,7 +550,7 @@ def test_a_pipeline_from_end_to_end(name):
     wanted = run(name, plain, STEPS, **options)
     assert not torch.equal(latents, wanted)
     assert (latents - wanted).norm() < 0.5 * wanted.norm()
-    part = part_of(pipe.transformer)
+    part = sparse_part(pipe.transformer)
     assert part._plans == [] and all(each.plan is None for each in part.processors)
     assert torch.equal(run(name, pipe, STEPS, **options), latents)
     remove_sparse_videogen(pipe)
@@ -575,7 +566,7 @@ def test_the_second_expert_of_wan_2_2_goes_on_where_the_first_one_stopped():
     for name, seen in phases.items():
         expert = getattr(pipe, name)
         expert.blocks[0].register_forward_pre_hook(
-            lambda *_, expert=expert, seen=seen: seen.append(phase.current(expert))
+            lambda *_, expert=expert, seen=seen: seen.append(phase(expert))
         )
     run("wan", pipe, 10, **options)
     assert set(phases["transformer_2"]) == {"sparse"}
@@ -590,7 +581,7 @@ def test_a_call_that_raised_leaves_nothing_behind():
     outputs(model, steps[:4])
     with pytest.raises(RuntimeError):
         model(**{**steps[4], "encoder_hidden_states": torch.zeros(2, 5, 3)})
-    part = part_of(model)
+    part = sparse_part(model)
     assert part._plans == [] and all(each.plan is None for each in part.processors)
     for inputs in [steps[4], *steps[:4]]:  # step 4 is now the first one of a run
         assert torch.equal(model(**inputs)[0], fresh(**inputs)[0])
@@ -714,7 +705,7 @@ def test_it_survives_what_offloading_does_to_forward():
         assert torch.equal(model(**inputs)[0], plain(**inputs)[0])
         remove_hook_from_module(model)
         add_hook_to_module(model, Offload())
-    assert phase.current(model) == "sparse"
+    assert phase(model) == "sparse"
     remove_sparse_videogen(model)
     wanted = build("wan")
     assert torch.equal(model(**steps[-1])[0], wanted(**steps[-1])[0])

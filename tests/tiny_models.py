@@ -2,7 +2,7 @@
 
 A model has four blocks of width 16 to 48, in fp32 and evaluation mode, and depends only on its
 seed. Parameters that are zero at initialisation get random values, so that no residual is trivial.
-`TinyFamily` also says, independently of `dicache.integrations.families`, where a block's output
+`TinyFamily` also says, independently of `dicache.adapters.diffusers.table`, where a block's output
 carries the image tokens.
 """
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import dicache
-from dicache.integrations import supported_families
+from dicache.driver.families import supported_families
 from dicache.ops import backend_status
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "imageio-ffmpeg")

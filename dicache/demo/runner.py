@@ -26,9 +26,9 @@ from dicache import (
     remove_dicache,
     remove_sparse_videogen,
 )
+from dicache.adapters.diffusers.attach import sessions
 from dicache.demo.metrics import Quality, quality
-from dicache.integrations import find_family
-from dicache.integrations.diffusers import sessions
+from dicache.driver.families import find_family
 
 Inputs = Callable[[], dict[str, Any]]
 Decode = Callable[[Any], Tensor]

@@ -70,7 +70,7 @@ def get_sparse_videogen_stats(
         ValueError: There is no Sparse VideoGen on the model, or not with
             `SparseVideoGenConfig(stats=True)`.
     """
-    from ..integrations.diffusers import is_pipeline
+    from ..adapters.diffusers.components import is_pipeline
     from .hooks import get_stats
 
     stats = get_stats(pipe_or_transformer)

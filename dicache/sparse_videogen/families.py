@@ -1,6 +1,6 @@
 """The table of families that Sparse VideoGen knows: one row of data each.
 
-Where a family's blocks are, `dicache.integrations.families` says.
+Where a family's blocks are, `dicache.adapters.diffusers.table` says.
 """
 
 from __future__ import annotations

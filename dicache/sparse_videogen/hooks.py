@@ -1,32 +1,29 @@
 """Sparse attention in diffusers models: processors in the blocks, and a hook that plans every call.
 
-Before the transformer runs, the hook finds out which step of how many the call is, as the cache
-does, reads the video's geometry off the arguments, and hands every sparse layer the plan of the
-call, or none on a dense step. It is one of torch's forward hooks, which offloading leaves alone
-where it replaces a model's `forward`. What diffusers has to find, the pipeline's context and the
-clean-up at its end, is in diffusers' own registry.
+Before the transformer runs, the hook is told by the transformer's site where the call stands, as
+the cache is, reads the video's geometry off the arguments, and hands every sparse layer the plan of
+the call, or none on a dense step. It is one of torch's forward hooks, which offloading leaves alone
+where it replaces a model's `forward`.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import warnings
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from .. import phase
-from ..config import DiCacheConfig
-from ..integrations import find_family
-from ..integrations.calls import CallTracker
-from ..integrations.diffusers import components_of, is_pipeline, needs_gradients
-from ..integrations.root_hook import RootHook, find_root_hook
-from ..session import DiCacheSession, DiCacheWarning
+from ..adapters.diffusers.attach import cache_on
+from ..adapters.diffusers.components import class_names, components_of, is_pipeline
+from ..adapters.diffusers.site import Site, find_feature, find_site
+from ..core.run import UNTOLD, Timeline
+from ..core.warning import warn_user
+from ..driver.families import find_family
+from ..driver.model import needs_gradients
 from .attention import Plan
 from .config import SparseVideoGenConfig
 from .families import find_sparse_family, supported_classes
@@ -36,7 +33,7 @@ from .profiling import draw_rows
 from .recorder import Recorder
 from .stats import SparseVideoGenStats
 
-_HOOK = "sparse_videogen"
+_SPARSE = "sparse_videogen"
 _MOST_PLANS = 4  # a prompt and its negative, of two resolutions
 _GPU_BLOCK = 128  # flex_attention's kernels take a block apart in tiles of up to this many tokens
 
@@ -46,30 +43,25 @@ def apply(model: Any, config: SparseVideoGenConfig | None = None) -> None:
     config = SparseVideoGenConfig() if config is None else config
     if not isinstance(config, SparseVideoGenConfig):
         raise TypeError(f"config is a {type(config).__name__}. Expected a SparseVideoGenConfig.")
-    pipeline = model if is_pipeline(model) else None
-    parts = [_SparseTransformer(each, config, pipeline) for each in _transformers(model)]
+    parts = [_SparseTransformer(each, config) for each in _transformers(model)]
     for part in parts:  # only now, so that an error above leaves every transformer as it was
-        part.attach()
+        part.attach(model if is_pipeline(model) else None)
 
 
 def remove(model: Any) -> None:
     """See `dicache.remove_sparse_videogen`."""
-    hooks = [find_root_hook(part, _HOOK) for part in components_of(model).values()]
-    found = [hook for hook in hooks if hook is not None]
+    found = _parts(model).values()
     if not found:
-        warnings.warn(
-            f"There is no Sparse VideoGen on this {type(model).__name__}, so nothing was removed.",
-            DiCacheWarning,
-            stacklevel=3,
+        warn_user(
+            f"There is no Sparse VideoGen on this {type(model).__name__}, so nothing was removed."
         )
-    for hook in found:
-        hook.owner.detach()
+    for part in found:
+        part.detach()
 
 
 def get_stats(model: Any) -> dict[str, SparseVideoGenStats]:
     """See `dicache.get_sparse_videogen_stats`; a bare transformer's name is "transformer"."""
-    hooks = {name: find_root_hook(part, _HOOK) for name, part in components_of(model).items()}
-    recorders = {name: hook.owner.recorder for name, hook in hooks.items() if hook is not None}
+    recorders = {name: part.recorder for name, part in _parts(model).items()}
     found = {name: each.stats() for name, each in recorders.items() if each is not None}
     if not found:
         missing = "statistics" if recorders else "Sparse VideoGen"
@@ -82,16 +74,20 @@ def get_stats(model: Any) -> dict[str, SparseVideoGenStats]:
 
 
 def _transformers(model: Any) -> list[nn.Module]:
-    parts = components_of(model)
-    found = [part for part in parts.values() if find_sparse_family(part) is not None]
+    parts = components_of(model).values()
+    found = [part for part in parts if find_sparse_family(part) is not None]
     if not found:
-        given = [part for name, part in parts.items() if name.startswith("transformer")]
-        classes = ", ".join(sorted({type(part).__name__ for part in given or parts.values()}))
         raise ValueError(
-            f"Sparse VideoGen does not support {type(model).__name__} ({classes}). Supported "
-            f"transformers: {', '.join(supported_classes())}."
+            f"Sparse VideoGen does not support {type(model).__name__} ({class_names(model)}). "
+            f"Supported transformers: {', '.join(supported_classes())}."
         )
     return found
+
+
+def _parts(model: Any) -> dict[str, _SparseTransformer]:
+    """What there is of ours on a model's components, by their names."""
+    parts = {name: find_feature(part, _SPARSE) for name, part in components_of(model).items()}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 @dataclass(frozen=True)
@@ -117,12 +113,7 @@ class _SparseTransformer:
         ValueError: The transformer cannot take it; nothing was changed.
     """
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        config: SparseVideoGenConfig,
-        pipeline: DiffusionPipeline | None,
-    ) -> None:
+    def __init__(self, transformer: nn.Module, config: SparseVideoGenConfig) -> None:
         family = find_sparse_family(transformer)
         blocks = find_family(transformer)
         assert family is not None and blocks is not None  # _transformers lets no other pass
@@ -135,8 +126,8 @@ class _SparseTransformer:
         # The leading layers get a processor, too: compiled code would tell another kind apart.
         self.attentions = layers
         self.processors = [family.sparse_processor(each.processor) for each in layers]
-        self.session = DiCacheSession(_counting(config.num_inference_steps))
-        self.calls = CallTracker(self.session, pipeline)
+        self.site = find_site(transformer) or Site(transformer, blocks)
+        self.timeline: Timeline[None] = Timeline(lambda _: None, config.num_inference_steps)
         parameters = inspect.signature(type(transformer).forward).parameters
         self._places = {name: place for place, name in enumerate(list(parameters)[1:])}
         self._plans: list[tuple[Any, weakref.ref[Tensor] | None, Plan]] = []
@@ -148,10 +139,9 @@ class _SparseTransformer:
         for processor in self.processors:
             processor.records = config.stats or config.keep_heads > 1
 
-    def attach(self) -> None:
+    def attach(self, pipeline: Any) -> None:
         """Put the processors in and hook the transformer's calls."""
-        self._hook = RootHook(self, self.calls, self.reset)
-        self._hook.put_on(self.transformer, _HOOK)
+        self.site.add(_SPARSE, self, self.reset, pipeline)
         for attention, processor in zip(self.attentions, self.processors, strict=True):
             attention.set_processor(processor)
         self._handles = (
@@ -167,8 +157,7 @@ class _SparseTransformer:
         for attention, processor in zip(self.attentions, self.processors, strict=True):
             if attention.processor is processor:  # else somebody put in another one meanwhile
                 attention.set_processor(processor.dense)
-        self._hook.take_off(self.transformer, _HOOK)
-        phase.forget(self.transformer)
+        self.site.remove(_SPARSE)
 
     def _refuse_copy(self, *_: Any) -> Any:
         """Stands for what pickle and deepcopy ask of what hangs on the transformer."""
@@ -181,7 +170,7 @@ class _SparseTransformer:
 
     def reset(self) -> None:
         """Free all state, as when a pipeline ends."""
-        self.calls.reset()
+        self.timeline.reset()
         self._plans.clear()
         if self.kept is not None:
             self.kept.clear()
@@ -191,6 +180,7 @@ class _SparseTransformer:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_running:  # torch calls `_after` for an error, but not for an interrupt
             self.reset()
+            self.site.end_call()
         self._is_running = True
         given = {
             name: kwargs[name] if name in kwargs else args[place]
@@ -199,27 +189,30 @@ class _SparseTransformer:
         }
         if given.get("hidden_states") is None:
             return  # the model says what is missing
-        step = self.calls.open_step(given.get("timestep"), given.get("encoder_hidden_states"))
-        step.close()
+        where = self.site.where(given)
+        visit = self.timeline.visit(where)
+        if visit.branch is not None:
+            visit.branch.next_step += 1
         # A second expert goes on where the first one stopped; its own steps begin at 0.
-        index = max(step.index, self.calls.position or 0)
+        index = max(visit.index, where.position or 0)
         call = self._read(given)
         plan = self._plan(call) if self._is_sparse(index, call) else None
         self._hand_out(plan, None if plan is None else self._rows(call, index))
-        phase.announce(module, "dense" if plan is None else "sparse")
-        self._context = step.name
+        self.site.note(_SPARSE, "dense" if plan is None else "sparse")
+        self._context = context = UNTOLD if visit.branch is None else visit.branch.name
         if self.kept is not None and plan is not None:
             batch = call.hidden_states.shape[0]
             for layer in self._sparse_layers():
-                known = self.kept.recall(self.session.stats, step.name, layer, batch)
+                known = self.kept.recall(visit.run, context, layer, batch)
                 self.processors[layer].kept = known
         if self.recorder is not None:
-            run, valid = self.session.stats, self._valid_tokens(call)
-            self.recorder.begin(run, step.name, index, valid, plan)
+            self.recorder.begin(visit.run, context, index, self._valid_tokens(call), plan)
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._is_running = False
+        if cache_on(self.transformer) is None:  # else it ends the call, when it is done itself
+            self.site.end_call()
         if output is None:  # the call raised: an aborted run leaves nothing behind
             self.reset()
         else:
@@ -227,7 +220,7 @@ class _SparseTransformer:
         plan = self.processors[-1].plan
         if plan is not None and plan.misfit:
             plan.misfit = False
-            self.session.warn(
+            self.timeline.run.warn(
                 "misfit",
                 "Blocks were called with other tensors than the transformer (a part of the batch, "
                 "another length or device), so their attention was computed in full.",
@@ -246,8 +239,8 @@ class _SparseTransformer:
 
     def _sparse_layers(self) -> range:
         """All but the leading ones and those of a cache's probe, whose gate sees no difference."""
-        cache = getattr(self.transformer, "_cache_config", None)
-        probe_depth = cache.probe_depth if isinstance(cache, DiCacheConfig) else 0
+        cache = cache_on(self.transformer)
+        probe_depth = 0 if cache is None else cache.config.probe_depth
         return range(max(self.config.dense_layers, probe_depth), len(self.processors))
 
     def _hand_out(self, plan: Plan | None, rows: Tensor | None) -> None:
@@ -276,14 +269,14 @@ class _SparseTransformer:
         if self._is_leading(index):
             return False
         if torch.is_grad_enabled() and needs_gradients(self.transformer, call.hidden_states):
-            self.session.warn(
+            self.timeline.run.warn(
                 "gradients",
                 "Gradients are recorded, and sparse attention has none to give, so attention is "
                 "computed in full. Call the model inside torch.no_grad().",
             )
             return False
         if self.processors[0]._parallel_config is not None:
-            self.session.warn(
+            self.timeline.run.warn(
                 "parallel",
                 "The sequence is split over several devices, so attention is computed in full: "
                 "Sparse VideoGen needs all tokens of a head in one place.",
@@ -292,12 +285,12 @@ class _SparseTransformer:
         return True
 
     def _is_leading(self, index: int) -> bool:
-        share, steps = self.config.dense_steps, self.session.num_inference_steps
+        share, steps = self.config.dense_steps, self.timeline.run.num_steps
         assert share is not None  # the family's, if not the user's
         if share == 0:
             return False
         if steps is None:
-            self.session.warn(
+            self.timeline.run.warn(
                 "num_inference_steps",
                 "The number of steps is unknown, and with it which ones are the leading ones, so "
                 "attention is computed in full in all of them. Set "
@@ -332,7 +325,7 @@ class _SparseTransformer:
         frames, height, width = call.grid
         sink = self.family.sink_frames * height * width
         if is_narrow(sink, call.grid, call.text, self.density):
-            self.session.warn(
+            self.timeline.run.warn(
                 "narrow",
                 f"The density is {self.density:g} and the video has {frames} frames of "
                 f"{height * width} tokens. Beside what is always kept, that leaves no head as much "
@@ -363,7 +356,7 @@ class _SparseTransformer:
 
     def _check(self, attentions: list[Any]) -> None:
         name, family = type(self.transformer).__name__, self.family
-        if find_root_hook(self.transformer, _HOOK) is not None:
+        if find_feature(self.transformer, _SPARSE) is not None:
             raise ValueError(
                 f"This {name} has Sparse VideoGen already. Call remove_sparse_videogen first."
             )
@@ -379,13 +372,3 @@ class _SparseTransformer:
                 f"{family.processor}, which Sparse VideoGen replaces and can stand for: put it "
                 f"back with set_attn_processor."
             )
-
-
-def _counting(num_inference_steps: int | None) -> DiCacheConfig:
-    """Rules for a session that counts the steps of a run and never caches one."""
-    return DiCacheConfig(
-        threshold=0.0,
-        retention_ratio=0.0,
-        compute_last_step=False,
-        num_inference_steps=num_inference_steps,
-    )

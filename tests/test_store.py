@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from fuzzing import draws
+from helpers import trajectory_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import build, calls
 from torch import Tensor
 
 from dicache import DiCacheConfig, DiCacheSession, apply_dicache, get_stats
-from dicache.packed import PackedBuffer, PackedTrajectory
+from dicache.core.store import PackedBuffer, PackedStore
+from dicache.core.trajectory import Trajectory
 
 FP8 = torch.float8_e4m3fn
 FREE: dict[str, Any] = {"retention_ratio": 0.0, "compute_last_step": False}
@@ -54,21 +56,16 @@ def drive(
             if step.action == "reuse":
                 outputs.append(step.reuse(x))
                 continue
-            parked = step.hold(x, p) if holds else (x, p)
             rows = y if step.rows is None else y[step.rows]
-            outputs.append(step.record(*parked, rows).clone())
+            if holds:
+                step.resume(x, p)
+            outputs.append((step.record(rows) if holds else step.record(x, p, rows)).clone())
     return outputs, session
 
 
-def trajectory_of(session: DiCacheSession) -> PackedTrajectory:
-    trajectory = session._contexts["cond"].trajectory
-    assert isinstance(trajectory, PackedTrajectory)
-    return trajectory
-
-
-def buffers(trajectory: PackedTrajectory) -> list[Tensor]:
-    found = [trajectory.probe_window, trajectory.residual_window]
-    return found + [t for t in (trajectory.previous_probe, trajectory.previous_x) if t is not None]
+def buffers(trajectory: Trajectory) -> list[Tensor]:
+    assert isinstance(trajectory.store, PackedStore)
+    return [packed.tensor for packed in trajectory.store._buffers.values()]
 
 
 @pytest.mark.parametrize("holds", [True, False])
@@ -121,10 +118,10 @@ def test_buffers_are_empty_beside_the_blocks_and_between_steps(
             if step.action == "reuse":
                 step.reuse(x)
             else:
-                parked = step.hold(x, p)
+                step.resume(x, p)
                 held = buffers(trajectory_of(session))
                 assert [each.untyped_storage().nbytes() for each in held] == [0] * len(held)
-                step.record(*parked, y if step.rows is None else y[step.rows])
+                step.record(y if step.rows is None else y[step.rows])
         held = buffers(trajectory_of(session))
         assert [each.untyped_storage().nbytes() for each in held] == [0] * len(held)
     count = {"delta_minus": 6, "delta_y": 5}.get(rules.get("error", ""), 4)
@@ -143,10 +140,10 @@ def test_gamma_is_that_of_the_rounded_trajectory(dtype: torch.dtype, granularity
         with session.step("cond", num_inference_steps=9) as step:
             step.record(x, p, y)
     trajectory = trajectory_of(session)
-    packed = trajectory._packed_probes[0]
-    packed.fill()
-    older, newer = trajectory.probe_window[[1, 0] if trajectory._older_slot else [0, 1]].clone()
-    packed.empty()
+    trajectory.store.open("probe_window")
+    newest = int(trajectory.newest[0])
+    older, newer = trajectory.store["probe_window"][[1 - newest, newest]].clone()
+    trajectory.store.empty("probe_window")
     with session.step("cond", num_inference_steps=9) as step:
         x = torch.zeros_like(older)
         found = step.probe(x, older + 0.7 * (newer - older))
@@ -180,7 +177,7 @@ def test_fp8_rounds_each_token_by_itself(exponents: list[int], seed: int, dim: i
     rows = rows.transpose(-1, dim).contiguous()
     buffer = rows.clone()
     packed = PackedBuffer(buffer, FP8, None, dim)
-    packed.make_room()
+    packed._make_room()
     buffer.copy_(rows)
     packed.save()
     packed.empty()
@@ -199,10 +196,10 @@ def test_fp8_keeps_zeros_and_marks_what_is_not_finite() -> None:
     rows = torch.tensor([[0.0, 0.0], [1.0, math.nan], [1.0, math.inf]]).reshape(1, 3, 2)
     buffer = rows.clone()
     packed = PackedBuffer(buffer, FP8, None)
-    packed.make_room()
+    packed._make_room()
     buffer.copy_(rows)
     packed.save()
-    packed.round()
+    packed.reread()
     assert buffer[0, 0].tolist() == [0.0, 0.0]
     assert not buffer[0, 1:].isfinite().all(-1).any()
 
@@ -218,7 +215,7 @@ def test_tokens_that_lie_transposed_are_rounded_as_the_others(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
-@pytest.mark.parametrize("fails_at", ["make_room", "_unpack", "_pack", "empty"])
+@pytest.mark.parametrize("fails_at", ["_make_room", "_unpack", "_pack", "empty"])
 def test_an_error_while_buffers_are_filled_or_packed_is_survived(
     fails_at: str, granularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,5 +314,7 @@ def test_on_a_gpu_host_memory_gives_the_same_bits(rules: dict[str, Any]) -> None
     outputs, session = drive(DiCacheConfig(**rules, cache_device="cpu"), steps)
     expected, _ = drive(DiCacheConfig(**rules), steps)
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
-    packed = trajectory_of(session)._packed_residuals
-    assert packed._packed.is_pinned() and packed._buffer.is_cuda
+    store = trajectory_of(session).store
+    assert isinstance(store, PackedStore)
+    packed = store._buffers["residual_window"]
+    assert packed._packed.is_pinned() and packed.tensor.is_cuda

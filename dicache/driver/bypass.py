@@ -100,9 +100,9 @@ def _gives_any(arguments: dict[str, Any], names: tuple[str, ...]) -> bool:
 
 
 def twin_class(
-    kind: type, cache: Skips, names: tuple[str, ...], parameters: tuple[str, ...]
+    kind: type, model: Skips, names: tuple[str, ...], parameters: tuple[str, ...]
 ) -> type | None:
-    """A class like a block's, whose call returns its arguments `names` while `cache.skips`.
+    """A class like a block's, whose call returns its arguments `names` while blocks are skipped.
 
     Args:
         names: One name stands for its bare value, several for a tuple.
@@ -118,7 +118,7 @@ def twin_class(
     take = itemgetter(*names)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not cache.skips:
+        if not model.skips:
             return kind.__call__(self, *args, **kwargs)
         if not args:
             return take(kwargs)

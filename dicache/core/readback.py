@@ -50,7 +50,7 @@ def as_number(timestep: Tensor | float | None) -> float | None:
         return timestep
     if timestep.is_cuda:
         return float(Readback(one_number(timestep)).wait()[0])
-    return float(timestep if timestep.numel() == 1 else timestep.max())
+    return (timestep if timestep.numel() == 1 else timestep.max()).item()
 
 
 def one_number(timestep: Tensor) -> Tensor:

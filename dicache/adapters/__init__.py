@@ -1,6 +1,6 @@
-"""Model wrappers: thin code that puts a `DiCacheSession` into models, one row of data a family.
+"""What puts the cache into frameworks, a folder each, and the verbs that they share.
 
-The functions here import diffusers when they are called, not before.
+The functions here import a framework when they are called, not before.
 """
 
 from __future__ import annotations
@@ -9,34 +9,19 @@ from typing import Any
 
 from ..config import DiCacheConfig
 from ..stats import RunStats
-from ._autoload import teach_diffusers
-from .families import (
-    BlockStack,
-    ModelFamily,
-    find_family,
-    register_family,
-    supported_families,
-)
+from .diffusers import table as table  # registers its families
+from .diffusers.autoload import teach_diffusers
 
-__all__ = [
-    "BlockStack",
-    "ModelFamily",
-    "apply_dicache",
-    "find_family",
-    "get_stats",
-    "register_family",
-    "remove_dicache",
-    "reset_dicache",
-    "supported_families",
-]
+__all__ = ["apply_dicache", "get_stats", "remove_dicache", "reset_dicache"]
 
 
 def apply_dicache(pipe_or_transformer: Any, config: DiCacheConfig | None = None) -> None:
     """Cache a pipeline's or a transformer's denoising steps with DiCache.
 
     Args:
-        pipe_or_transformer: A diffusers pipeline (every supported transformer of it is cached,
-            and the number of steps is read from its scheduler) or a diffusers transformer.
+        pipe_or_transformer: A diffusers pipeline, modular ones included (every supported
+            transformer of it is cached, and the number of steps is read from its scheduler), or a
+            diffusers transformer.
         config: The rules; `None` is `DiCacheConfig()`, this project's default.
 
     Raises:
@@ -44,14 +29,14 @@ def apply_dicache(pipe_or_transformer: Any, config: DiCacheConfig | None = None)
             does not fit it. The model is then unchanged.
         TypeError: `config` is not a `DiCacheConfig`.
     """
-    from .diffusers import apply
+    from .diffusers.attach import apply
 
     apply(pipe_or_transformer, config)
 
 
 def remove_dicache(pipe_or_transformer: Any) -> None:
     """Take the cache off again. Warns where there is none."""
-    from .diffusers import remove
+    from .diffusers.attach import remove
 
     remove(pipe_or_transformer)
 
@@ -62,7 +47,7 @@ def reset_dicache(pipe_or_transformer: Any) -> None:
     Raises:
         ValueError: There is no cache on the model.
     """
-    from .diffusers import sessions
+    from .diffusers.attach import sessions
 
     for session in sessions(pipe_or_transformer).values():
         session.reset()
@@ -77,7 +62,8 @@ def get_stats(pipe_or_transformer: Any) -> RunStats | dict[str, RunStats]:
     Raises:
         ValueError: There is no cache on the model.
     """
-    from .diffusers import is_pipeline, sessions
+    from .diffusers.attach import sessions
+    from .diffusers.components import is_pipeline
 
     stats = {name: session.stats for name, session in sessions(pipe_or_transformer).items()}
     return stats if is_pipeline(pipe_or_transformer) else next(iter(stats.values()))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from ..config import DiCacheConfig
+from ...config import DiCacheConfig
 
 _CACHE_MODULE = "diffusers.models.cache_utils"
 
@@ -66,7 +66,7 @@ def _extend_cache_mixin(module: ModuleType) -> None:
     def enable_cache(self: Any, config: Any) -> None:
         if not isinstance(config, DiCacheConfig):
             return enable_others(self, config)
-        from .diffusers import apply
+        from .attach import apply
 
         apply(self, config)
 
@@ -74,7 +74,7 @@ def _extend_cache_mixin(module: ModuleType) -> None:
     def disable_cache(self: Any) -> None:
         if not isinstance(self._cache_config, DiCacheConfig):
             return disable_others(self)
-        from .diffusers import remove
+        from .attach import remove
 
         remove(self)
 

@@ -8,32 +8,27 @@ from __future__ import annotations
 
 import math
 
-from .config import DiCacheConfig
+from .rules import Rules
 
 
 class Gate:
     """Online Probe Profiling (arXiv 2508.17356): accumulate the error, reuse while it is small."""
 
-    def __init__(self, config: DiCacheConfig) -> None:
-        if config.threshold is None and config.schedule is None:
-            raise ValueError(
-                "threshold is None, which stands for a model family's own value, and no model is "
-                "known here. Give DiCacheConfig(threshold=...) a number."
-            )
-        self.config = config
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
         self.accumulated_error = 0.0
         self.consecutive_reuse = 0
 
-    def wants_probe(self, step: int, num_inference_steps: int | None, is_last: bool) -> bool:
+    def wants_probe(self, step: int, num_steps: int | None, is_last: bool) -> bool:
         """Whether the step is judged at all; otherwise it runs all blocks."""
-        config = self.config
-        if config.schedule is not None:
-            return step < len(config.schedule) and config.schedule[step] == "R"
-        if num_inference_steps is None and config.needs_num_inference_steps:
+        rules = self.rules
+        if rules.schedule is not None:
+            return step < len(rules.schedule) and rules.schedule[step] == "R"
+        if num_steps is None and rules.needs_num_steps:
             return False
-        if config.compute_last_step and is_last:
+        if rules.compute_last_step and is_last:
             return False
-        return num_inference_steps is None or step >= config.retained_steps(num_inference_steps)
+        return num_steps is None or step >= rules.retained_steps(num_steps)
 
     def decide(self, error: float, gamma: float, leader_reuses: bool | None = None) -> str:
         """ "reuse" or "resume" for a probed step; `accumulated_error` then holds what was compared.
@@ -52,19 +47,18 @@ class Gate:
 
     def may_reuse(self) -> bool:
         """Whether the error accumulated so far, and the rules, leave room for a reused step."""
-        config = self.config
-        if config.schedule is not None:
+        rules = self.rules
+        if rules.schedule is not None:
             return True
         if self._is_at_limit:
             return False
-        assert config.threshold is not None  # __init__ refuses it
-        equal = config.reuse_at_threshold and self.accumulated_error == config.threshold
-        return equal or self.accumulated_error < config.threshold
+        equal = rules.reuse_at_threshold and self.accumulated_error == rules.threshold
+        return equal or self.accumulated_error < rules.threshold
 
     @property
     def _is_at_limit(self) -> bool:
         """Whether so many steps in a row were reused that the next one has to be computed."""
-        limit = self.config.max_consecutive_reuse
+        limit = self.rules.max_consecutive_reuse
         return limit is not None and self.consecutive_reuse >= limit
 
     def finish(self, reused: bool) -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 
-class UnknownRowsError(ValueError):
-    """An argument of a block has neither a row a sample nor one for all."""
+class UnknownSamplesError(ValueError):
+    """An argument of a block has neither a part a sample nor one for all."""
 
 
-class Rows:
+class Samples:
     """Some samples of a batch.
 
     Args:
@@ -30,7 +30,7 @@ class Rows:
         """The arguments for these samples; those that `per_sample` does not name are as they were.
 
         Raises:
-            UnknownRowsError: A named tensor has a number of rows that is neither B nor 1, or an
+            UnknownSamplesError: A named tensor has a number of rows that is neither B nor 1, or an
                 argument that is not named may have a row a sample, too.
         """
         gathered = dict(arguments)
@@ -67,13 +67,13 @@ class Rows:
                 self._check_shared(each, name)
         elif isinstance(value, Tensor):
             if value.dim() > 0 and value.shape[0] == self.batch:
-                raise UnknownRowsError(
+                raise UnknownSamplesError(
                     f"argument {name!r} holds a tensor of shape {list(value.shape)} in a batch of "
                     f"{self.batch}, and BlockStack.per_sample does not name it, so the block ran "
                     f"for all samples."
                 )
         elif value is not None and not isinstance(value, (bool, int, float, str)):
-            raise UnknownRowsError(
+            raise UnknownSamplesError(
                 f"argument {name!r} holds a {type(value).__name__}, which may have rows of its "
                 f"own, so the block ran for all samples."
             )
@@ -83,7 +83,7 @@ class Rows:
             if value.dim() == 0 or value.shape[0] == 1:
                 return value
             if value.shape[0] != self.batch:
-                raise UnknownRowsError(
+                raise UnknownSamplesError(
                     f"argument {path!r} has shape {list(value.shape)} in a batch of {self.batch}. "
                     f"Expected a row a sample or one for all, so the block ran for all samples."
                 )

@@ -1,0 +1,117 @@
+"""The table of diffusers' families: one row a transformer class.
+
+FLUX.1, HunyuanVideo and Wan 2.1 have published thresholds (arXiv 2508.17356, released scripts).
+Their alignment thresholds are these times the ratio of the two rules' thresholds at equal cost on
+our demo model of the family: 0.17, 0.34 and 0.24 (benchmarks/results/quality.json, 2.5x at the
+sibling's depth). The others take the values of the family whose architecture and task are closest.
+None of the alignment thresholds was measured on a real model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...driver.families import HIDDEN, PER_SAMPLE, TEXT, BlockStack, ModelFamily, register_family
+
+_TEXT_FIRST, _TEXT_LAST = (TEXT, HIDDEN), (HIDDEN, TEXT)
+_FLUX: dict[str, Any] = {"threshold": 0.4, "alignment_threshold": 0.07}
+_HUNYUAN_VIDEO: dict[str, Any] = {"threshold": 0.1, "alignment_threshold": 0.035}
+_WAN: dict[str, Any] = {"threshold": 0.08, "alignment_threshold": 0.02}
+
+for _family in (
+    ModelFamily(
+        "flux",
+        "FluxTransformer2DModel",
+        (
+            BlockStack("transformer_blocks", _TEXT_FIRST),
+            BlockStack(
+                "single_transformer_blocks",
+                _TEXT_FIRST,
+                whole_for=("controlnet_single_block_samples", "joint_attention_kwargs"),
+            ),
+        ),
+        preset="flux",
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "hunyuan-video",
+        "HunyuanVideoTransformer3DModel",
+        (
+            BlockStack("transformer_blocks", _TEXT_LAST),
+            BlockStack("single_transformer_blocks", _TEXT_LAST, whole_for=("attention_kwargs",)),
+        ),
+        preset="hunyuan-video",
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
+    ),
+    ModelFamily(
+        "wan",  # Wan 2.1, and both experts of Wan 2.2
+        "WanTransformer3DModel",
+        (BlockStack("blocks"),),
+        preset="wan2.1",
+        module="diffusers",
+        **_WAN,
+    ),
+    ModelFamily(
+        "flux2",
+        "Flux2Transformer2DModel",
+        (
+            BlockStack("transformer_blocks", _TEXT_FIRST),
+            BlockStack("single_transformer_blocks", text_in_front=True),
+        ),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "chroma",
+        "ChromaTransformer2DModel",
+        (
+            BlockStack("transformer_blocks", _TEXT_FIRST),
+            BlockStack(
+                "single_transformer_blocks",
+                text_in_front=True,
+                whole_for=("controlnet_single_block_samples", "joint_attention_kwargs"),
+            ),
+        ),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "qwen-image",
+        "QwenImageTransformer2DModel",
+        (BlockStack("transformer_blocks", _TEXT_FIRST),),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "cogvideox",
+        "CogVideoXTransformer3DModel",
+        (BlockStack("transformer_blocks", _TEXT_LAST),),
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
+    ),
+    ModelFamily(
+        "ltx",
+        "LTXVideoTransformer3DModel",
+        (BlockStack("transformer_blocks", per_sample=(*PER_SAMPLE, "image_rotary_emb")),),
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
+    ),
+    ModelFamily(
+        "mochi",
+        "MochiTransformer3DModel",
+        (BlockStack("transformer_blocks", _TEXT_LAST),),
+        ascending_timesteps=True,
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
+    ),
+    ModelFamily(
+        "hunyuan-video-1.5",
+        "HunyuanVideo15Transformer3DModel",
+        (BlockStack("transformer_blocks", _TEXT_LAST),),
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
+    ),
+):
+    register_family(_family)

@@ -1,0 +1,76 @@
+"""`Context`: what the cache keeps for one branch of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import Tensor
+
+from .behind import compare
+from .gate import Gate
+from .rules import Rules
+from .trajectory import Trajectory
+
+
+class Context:
+    """Gates and trajectory of one branch, and what its trajectory's entries are of.
+
+    Attributes:
+        rules: What it decides by.
+        gates: One for the whole batch, or one a sample.
+        trajectory: `None` until the first step is recorded.
+        computes_in: State of what lies behind the probe, in which the trajectory's entries are.
+        has_history: Whether the last step was ended by reuse or record.
+        to_compute: Steps that are computed before one is judged again.
+        has_gradients: Whether the last step that was recorded had gradients.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.gates = [Gate(rules)]
+        self.trajectory: Trajectory | None = None
+        self.has_history = False
+        self.to_compute = 0
+        self.has_gradients = False
+        self.computes_in: Hashable = None
+        self._behind: list[tuple[Tensor, ...]] = []  # of the entries, the newest first
+
+    def change_state(self, computes_in: Hashable) -> None:
+        """What lies behind the probe is in another state from here on."""
+        self.computes_in = computes_in
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """The trajectory was of another state: two steps are computed before one is reused."""
+        if self.trajectory is not None:
+            self.drop_entries()
+            self.to_compute = 2
+
+    def drop_entries(self, sample: int | None = None) -> None:
+        """Forget the trajectory's entries, of a sample or of all."""
+        if self.trajectory is not None:
+            self.trajectory.drop_entries(sample)
+        if sample is None:
+            self._behind.clear()
+
+    def make_trajectory(self, x: Tensor, p: Tensor) -> Trajectory:
+        """Begin with a trajectory for tensors like these.
+
+        Raises:
+            ValueError: The rules' backend does not work where the tensors are.
+        """
+        trajectory = Trajectory(self.rules, x, p)
+        if self.rules.by_sample:
+            self.gates = [Gate(self.rules) for _ in range(x.shape[0])]
+        self.trajectory = trajectory  # now that it is whole
+        return trajectory
+
+    def record(self, behind: tuple[Tensor, ...], y: Tensor) -> None:
+        """A step was recorded, with this added behind the probe, and these tokens at the end."""
+        self.has_gradients = y.requires_grad
+        self.to_compute = max(self.to_compute - 1, 0)
+        self._behind = [behind, *self._behind[:1]] if behind else []
+
+    def compare(self, behind: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """How what is added behind the probe differs from the entries', if there is something."""
+        return (compare(behind, self._behind),) if self._behind else ()

@@ -1,0 +1,110 @@
+"""From what a probe showed to what is done: numbers in, decisions out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .gate import Gate
+
+
+class Decision(NamedTuple):
+    """What the gate decided on one probed step, for the whole batch or for one sample.
+
+    Attributes:
+        action: `"reuse"` or `"resume"` (`"compute"` if the probe showed that a new run began). With
+            a decision a sample, `"reuse"` if all samples reuse.
+        error: The step's error; `None` for `"compute"`, and where every sample has its own.
+        accumulated_error: What was compared with the threshold; `None` likewise.
+        gamma: The weight that `reuse` will use; `None` likewise.
+        samples: With `granularity="sample"`, the decision for every sample.
+    """
+
+    action: str
+    error: float | None = None
+    accumulated_error: float | None = None
+    gamma: float | None = None
+    samples: tuple[Decision, ...] = ()
+
+    @property
+    def reuses_any(self) -> bool:
+        """Whether some sample reuses."""
+        return self.action == "reuse" or any(each.action == "reuse" for each in self.samples)
+
+    def resumed(self) -> Decision:
+        """The same step, computed although it might have been reused."""
+        samples = tuple(each.resumed() for each in self.samples)
+        action = "compute" if self.action == "compute" else "resume"
+        return Decision(action, self.error, self.accumulated_error, samples=samples)
+
+
+COMPUTE = Decision("compute")
+
+
+def judge(
+    gate: Gate, error: float, gamma: float, size: float = 1.0, follows: bool | None = None
+) -> Decision:
+    """The decision of one gate.
+
+    Args:
+        gate: Of the branch, or of the sample.
+        error, gamma: What the probe showed.
+        size: The step's size relative to the run's mean, for errors that count it.
+        follows: Whether the gate that decides for this one reuses; `None`: it decides for itself.
+    """
+    if gate.rules.error.weighted:
+        error *= size
+    return Decision(gate.decide(error, gamma, follows), error, gate.accumulated_error, gamma)
+
+
+def judge_samples(
+    gates: Sequence[Gate],
+    numbers: Sequence[Sequence[float]],
+    size: float = 1.0,
+    leaders: Sequence[int] | None = None,
+    follows: Sequence[bool] | None = None,
+) -> Decision:
+    """A decision for every sample.
+
+    Args:
+        gates: Of the samples.
+        numbers: (error, gamma) of every sample.
+        size: As for `judge`.
+        leaders: The sample that decides for each one, itself or an earlier one; by the mean of what
+            is finite of the errors of those that it decides for.
+        follows: Whether each sample reuses in the branch that decides for this one.
+
+    Raises:
+        ValueError: `leaders` are not as above.
+    """
+    leaders = range(len(gates)) if leaders is None else leaders
+    _check_leaders(leaders, len(gates))
+    judged: list[Decision] = []
+    for sample, (gate, (error, gamma)) in enumerate(zip(gates, numbers, strict=True)):
+        leader = leaders[sample]
+        if leader < sample:
+            judged.append(judge(gate, error, gamma, size, judged[leader].action == "reuse"))
+            continue
+        if math.isfinite(error):
+            error = _mean_error(numbers, leaders, sample)
+        judged.append(judge(gate, error, gamma, size, None if follows is None else follows[sample]))
+    reuses_all = all(decision.action == "reuse" for decision in judged)
+    return Decision("reuse" if reuses_all else "resume", samples=tuple(judged))
+
+
+def _mean_error(numbers: Sequence[Sequence[float]], leaders: Sequence[int], sample: int) -> float:
+    led = [error for (error, _), leader in zip(numbers, leaders, strict=True) if leader == sample]
+    finite = [error for error in led if math.isfinite(error)]
+    return sum(finite) / len(finite)
+
+
+def _check_leaders(leaders: Sequence[int], batch: int) -> None:
+    valid = len(leaders) == batch and all(
+        0 <= leader <= sample and leaders[leader] == leader for sample, leader in enumerate(leaders)
+    )
+    if not valid:
+        raise ValueError(
+            f"leaders is {tuple(leaders)} in a batch of {batch}. Expected one index a sample, of "
+            f"the sample itself or of an earlier one that leads itself."
+        )

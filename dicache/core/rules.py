@@ -1,0 +1,94 @@
+"""`Rules`: a configuration with nothing left open, which everything below an adapter decides by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..config import DiCacheConfig
+from ..error_rules import ERROR_RULES, ErrorRule
+
+
+@dataclass(frozen=True)
+class Rules:
+    """`DiCacheConfig`, resolved once: numbers and rows instead of `None` and names.
+
+    Attributes:
+        config: The configuration, with its threshold filled in.
+        threshold: Of the accumulated error; infinite where a schedule overrides it.
+        is_default: Whether the user left the threshold to us.
+        error: The row of the error.
+        gamma_range: Both bounds of gamma, the upper one maybe infinite.
+        by_sample: Whether every sample of a batch has its own decision.
+        shares_decisions: Whether branches of guidance decide as one.
+        packs: Whether the cache's tensors are kept in another form than operators take.
+        needs_num_steps: Whether a rule depends on the length of the run.
+
+    The other attributes are the configuration's.
+    """
+
+    config: DiCacheConfig
+    threshold: float
+    is_default: bool
+    error: ErrorRule
+    gamma_range: tuple[float, float]
+    by_sample: bool
+    shares_decisions: bool
+    packs: bool
+    needs_num_steps: bool
+    reuse_at_threshold: bool
+    compute_last_step: bool
+    least_squares: bool
+    max_consecutive_reuse: int | None
+    schedule: str | None
+    backend: str
+    cache_dtype: torch.dtype | None
+    cache_device: str | None
+
+    def retained_steps(self, num_steps: int) -> int:
+        """Number of leading steps that are always computed in a run of `num_steps`."""
+        return self.config.retained_steps(num_steps)
+
+
+def resolve(config: DiCacheConfig, threshold: float | None = None) -> Rules:
+    """The rules that a configuration stands for.
+
+    Args:
+        config: What the user said.
+        threshold: What `DiCacheConfig(threshold=None)` means here: a model family's own value.
+
+    Raises:
+        ValueError: Neither gives a threshold, and there is no schedule.
+    """
+    is_default = config.threshold is None and config.schedule is None
+    if is_default and threshold is None:
+        raise ValueError(
+            "threshold is None, which stands for a model family's own value, and no model is "
+            "known here. Give DiCacheConfig(threshold=...) a number."
+        )
+    if config.threshold is None:
+        config = replace(config, threshold=threshold)
+    low, high = config.gamma_range
+    return Rules(
+        config=config,
+        threshold=math.inf if config.threshold is None else config.threshold,
+        is_default=is_default,
+        error=ERROR_RULES[config.error],
+        gamma_range=(float(low), math.inf if high is None else float(high)),
+        by_sample=config.granularity == "sample",
+        # A schedule is each context's own.
+        shares_decisions=config.cfg == "shared" and config.schedule is None,
+        packs=config.cache_dtype is not None or config.cache_device is not None,
+        needs_num_steps=config.schedule is None
+        and (config.retention_ratio > 0 or config.compute_last_step),
+        reuse_at_threshold=config.reuse_at_threshold,
+        compute_last_step=config.compute_last_step,
+        least_squares=config.alignment == "least_squares",
+        max_consecutive_reuse=config.max_consecutive_reuse,
+        schedule=config.schedule,
+        backend=config.backend,
+        cache_dtype=config.cache_dtype,
+        cache_device=config.cache_device,
+    )

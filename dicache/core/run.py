@@ -1,0 +1,317 @@
+"""Which step of which run a call is: a `Timeline` is told where every call stands, and counts.
+
+It knows neither decisions nor tensors, so whoever only has to count steps uses it alone. What its
+owner keeps for a branch hangs on the branch, and is freed with it.
+
+`Timeline._ends` is the only place that says that a run is over and a new one begins, but for those
+who were told so by the tensors themselves (`Timeline.restart`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic
+
+from ..stats import RunStats
+from .branches import MOST_BRANCHES, Branch, Branches, Group, State
+from .clock import Clock
+from .warning import DiCacheWarning
+from .where import Where
+
+UNTOLD = "untold"  # in the statistics, calls of which nobody could tell the branch
+
+_MOST_RUNS = 64  # that callers with keys have at a time; the one that rested longest is dropped
+_FEW_MOMENTS = 4  # runs that end within them, one after another, look like requests in turns
+_TIMESTEP_WENT_BACK, _OTHER_REQUEST = "its timestep went back", "of another request"
+
+
+@dataclass(slots=True)
+class Visit(Generic[State]):
+    """What a timeline says of a call.
+
+    Attributes:
+        run: The run that it belongs to.
+        branch: Its branch; `None` where nobody can tell.
+        index: Index of the step among the branch's.
+        is_last: Whether it is the run's last step, as far as anybody knows.
+        size: N (t_prev - t) / t_first: the step's size relative to the run's mean; 1 if unknown.
+        is_settled: Whether the branch's history is certainly its own.
+        is_kept: Whether the call may become a part of its branch's history.
+    """
+
+    run: Run[State]
+    branch: Branch[State] | None
+    index: int
+    is_last: bool = False
+    size: float = 1.0
+    is_settled: bool = False
+    is_kept: bool = False
+
+
+class Timeline(Generic[State]):
+    """The runs of one model.
+
+    Args:
+        make_state: Makes what the owner keeps for a branch, from its name.
+        num_steps: Number N of steps of a run, where no call says it.
+        ascending_timesteps: Whether timesteps rise during a run. Where they do not, and still
+            move the other way twice in a row, the direction is learned.
+
+    Attributes:
+        run: That of the last call.
+    """
+
+    def __init__(
+        self,
+        make_state: Callable[[str], State],
+        num_steps: int | None = None,
+        *,
+        ascending_timesteps: bool = False,
+    ) -> None:
+        self._make_state = make_state
+        self._num_steps = num_steps
+        self._runs: dict[Hashable, Run[State]] = {}
+        self._clock = Clock(ascending_timesteps)
+        self._restless = 0  # runs in a row that ended within their first moments
+        self.run: Run[State] = Run(num_steps)
+
+    def visit(self, where: Where) -> Visit[State]:
+        """Count a call.
+
+        Raises:
+            ValueError: `where.num_steps` is smaller than 1.
+        """
+        steps = self._num_steps if where.num_steps is None else where.num_steps
+        if steps is not None and steps < 1:
+            raise ValueError(f"num_inference_steps is {steps}. Expected an integer >= 1.")
+        # Callers with positions, or with a key a run, say themselves which run goes on.
+        is_timed = where.position is None and where.run is None
+        goes_back = is_timed and self._clock.goes_back(where.timestep)
+        run = self._runs.get(where.run)
+        if run is None:
+            return self._visit(self._begin(None, where, steps, 0), where, None)
+        group = run.branches.find(where)
+        cause = self._ends(run, where, steps, goes_back, group)
+        if cause is None:
+            self.run = run
+            return self._visit(run, where, group)
+        self._note_the_end(run, cause)
+        missed = self._clock.missed if cause is _TIMESTEP_WENT_BACK else 0
+        return self._visit(self._begin(run, where, steps, missed), where, None)
+
+    def restart(self, where: Where) -> Visit[State]:
+        """A call turned out to be the first one of a new run, though nothing had said so."""
+        self._note_the_end(self.run, _OTHER_REQUEST)
+        return self._visit(self._begin(self.run, where, self.run.num_steps, 0), where, None)
+
+    def forget(self, name: str) -> None:
+        """Free what is kept for the branch of this name."""
+        self.run.branches.forget(name)
+
+    def end(self, key: Hashable) -> None:
+        """Free what is kept for the run with this key, if there is any."""
+        self._runs.pop(key, None)
+
+    def reset(self) -> None:
+        """Free what is kept for all runs; the next call begins one."""
+        self._runs.clear()
+        self.run.branches.clear()
+        self._clock.reset()
+        self._restless = 0
+
+    def _ends(
+        self,
+        run: Run[State],
+        where: Where,
+        steps: int | None,
+        goes_back: bool,
+        group: Group[State] | None,
+    ) -> str | None:
+        """Why a call begins a new run; `None` if it goes on with the one that is known."""
+        if where.begins:
+            self._clock.reset()
+            return "announced"
+        if steps != run.num_steps:
+            return "another number of steps"
+        if steps is not None and run.is_over(where, steps):
+            return "over"
+        if where.position is not None and run.position is not None:
+            if where.position < run.position:
+                return "its position went back"
+        elif goes_back:
+            return _TIMESTEP_WENT_BACK
+        if where.moment is None:
+            return None
+        if group is not None and group.layout != where.layout:
+            return _OTHER_REQUEST
+        is_another = where.moment == run.moment and run.is_of_another_request(where, group)
+        return _OTHER_REQUEST if is_another else None
+
+    def _note_the_end(self, ended: Run[State], cause: str) -> None:
+        """Count runs that are given up early, one after another, without anybody saying so."""
+        is_odd = cause in (_TIMESTEP_WENT_BACK, _OTHER_REQUEST) and ended.had_few_steps
+        self._restless = self._restless + 1 if is_odd else 0
+
+    def _begin(
+        self, ended: Run[State] | None, where: Where, steps: int | None, missed: int
+    ) -> Run[State]:
+        self._runs.pop(where.run, None)
+        if len(self._runs) >= _MOST_RUNS:
+            del self._runs[next(iter(self._runs))]
+        first = where.timestep if where.first_timestep is None else where.first_timestep
+        run: Run[State] = Run(steps, first, missed)
+        if ended is not None and where.moment is not None and ended.moment == where.moment:
+            run.branches.displace(ended.branches)
+        self.run = self._runs[where.run] = run
+        return run
+
+    def _visit(self, run: Run[State], where: Where, group: Group[State] | None) -> Visit[State]:
+        moment = where.timestep if where.moment is None else where.moment
+        if moment != run.moment or run.moments == run.missed:
+            run.moments += 1
+            run.moment = moment
+        if where.position is not None:
+            run.position = where.position
+        if group is None:
+            group = run.new_group(where)
+        branch = None if group is None else group.next_branch(where.moment)
+        if branch is None and group is not None:
+            branch = run.branches.add(group, where, self._make_state)
+        if branch is None or group is None:
+            return Visit(run, None, run.next_untold(where))
+        if group.changes > 2:  # fewer are a part of a run with other guidance than the rest
+            run.warn("calls", _OTHER_NUMBER_OF_CALLS)
+        is_settled, index = branch.is_settled, branch.next_step
+        if self._restless > 1 and run.moments - run.missed <= self._restless:
+            is_settled = False
+            if self._restless == 3:  # once, until runs go on again
+                run.warn("turns", _TAKING_TURNS)
+        is_last = where.is_last
+        if is_last is None:
+            last = -1 if run.num_steps is None else run.num_steps - 1
+            is_last = index == last or run.moments - 1 == last
+        size = 1.0 if self._clock.ascends else _size(run, branch.timestep, where.timestep)
+        branch.moment, branch.timestep = where.moment, where.timestep
+        return Visit(run, branch, index, is_last, size, is_settled, branch.is_kept)
+
+
+class Run(Generic[State]):
+    """One pass of a denoising loop over its timesteps.
+
+    Attributes:
+        num_steps: Number N of its steps; `None` where nobody said it.
+        first_timestep: Where it began.
+        missed: Steps that were over before it was known to be one run.
+        moments: Steps so far, the missed ones included.
+        moment, position: Of the last call.
+        branches: Those of its calls.
+        stats: What it did.
+    """
+
+    def __init__(
+        self, num_steps: int | None, first_timestep: float | None = None, missed: int = 0
+    ) -> None:
+        self.num_steps, self.first_timestep, self.missed = num_steps, first_timestep, missed
+        self.moments = missed
+        self.moment: Hashable = None
+        self.position: int | None = None
+        self.branches: Branches[State] = Branches(missed)
+        self.stats = RunStats()
+        self._num_untold = 0
+        self._warned: set[str] = set()
+
+    def warn(self, cause: str, message: str) -> None:
+        """Warn with `DiCacheWarning`, once per run and cause."""
+        if cause not in self._warned:
+            self._warned.add(cause)
+            warnings.warn(message, DiCacheWarning, stacklevel=2)
+
+    def is_over(self, where: Where, steps: int) -> bool:
+        """Whether its steps were done before this call, which is no other branch's last one."""
+        if where.moment is not None:
+            return self.moments >= steps and where.moment != self.moment
+        known = self.branches.groups(where.context)
+        if known and known[0].branches[0].next_step >= steps:
+            return True
+        ends = [branch.next_step >= steps for branch in self.branches]
+        is_new_time = where.timestep is None or where.timestep != self.moment
+        return bool(ends) and all(ends) and is_new_time
+
+    def is_of_another_request(self, where: Where, group: Group[State] | None) -> bool:
+        """Whether a call in the present moment cannot be of one of this run's branches.
+
+        It looks like one more branch of it, or like one more call of a branch, and is the first
+        one of a run that begins where this one was given up.
+        """
+        if self.num_steps == 1 and group is not None and group.moment == where.moment:
+            return True
+        others = self.branches.groups(where.context)
+        if group is not None or not others:
+            return False
+        if where.context is not None:
+            is_first_moment = self.moments - self.missed == 1
+            return is_first_moment and others[0].moment == where.moment
+        is_over = self.num_steps is not None and self.moments >= self.num_steps
+        return all(other.is_gone for other in others) or (is_over and len(others) >= 4)
+
+    @property
+    def had_few_steps(self) -> bool:
+        """Whether it ended early; a run that is planned for so few has not."""
+        steps = max(self.moments, *(branch.next_step for branch in self.branches), 0)
+        return steps - self.missed <= _FEW_MOMENTS and steps != self.num_steps
+
+    def new_group(self, where: Where) -> Group[State] | None:
+        """The group of a prompt that was not there yet; `None` if nobody can tell."""
+        if where.context is None and where.prompt is None:
+            return None
+        group, was_lost = self.branches.group_for(where)
+        if was_lost and self.moments - self.missed > 1:
+            self.warn("prompts", _UNKNOWN_BRANCH)
+        return group
+
+    def next_untold(self, where: Where) -> int:
+        """Index of a call whose branch nobody can tell."""
+        if where.context is None and where.prompt is None:
+            self.warn("untold", _UNTOLD)
+        else:
+            self.warn("branches", _TOO_MANY)
+        self._num_untold += 1
+        return self._num_untold - 1
+
+
+def _size(run: Run[State], previous: float | None, now: float | None) -> float:
+    """A run leads from t_first to 0. One with rising timesteps does not say where it ends, and
+    equal timesteps (rounded, or two evaluations a step) say nothing about the size.
+    """
+    first, steps = run.first_timestep, run.num_steps
+    if previous is None or now is None or not first or not steps:
+        return 1.0
+    size = steps * (previous - now) / first
+    return size if size > 0 else 1.0
+
+
+_UNTOLD = (
+    "Nobody can tell which branch of guidance a call belongs to, or where a run begins, so such "
+    "calls are computed. A family's row names the arguments that tell it, in ModelFamily(timestep="
+    "..., text=...); and so does `with transformer.cache_context(name):` around the calls."
+)
+_UNKNOWN_BRANCH = (
+    "The pipeline sets no cache_context and makes new text embeddings during a run, so its "
+    "guidance branches cannot be told apart; steps of a new embedding are computed. Wrap the calls "
+    "of the transformer in `with transformer.cache_context(name):`."
+)
+_TAKING_TURNS = (
+    "Timesteps go back and forth, or the size of the picture does: requests take turns on one "
+    "transformer, or several in a row were given up. Steps are computed until a run goes on. Give "
+    "each request a transformer of its own, or let one follow the other."
+)
+_OTHER_NUMBER_OF_CALLS = (
+    "The transformer is called several times a step with one prompt, and the number of these calls "
+    "changed, so it cannot be told which is which. They are computed until their number stays."
+)
+_TOO_MANY = (
+    f"The transformer is called more than {MOST_BRANCHES} times a step, or with more prompts than "
+    f"that. Only so many have a history of their own; the others are computed."
+)

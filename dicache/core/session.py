@@ -1,0 +1,128 @@
+"""A cache session: what any denoising loop, and any adapter of one, drives.
+
+It knows no model and no framework. It guarantees that a step is reused only on valid history of
+the same run, branch and layout: a new run, a new shape, dtype or device, an abandoned step, a
+missing or non-finite value all lead to a computed step.
+
+    session = DiCacheSession(DiCacheConfig(threshold=0.1))
+    for t in timesteps:
+        with session.step("cond", timestep=t, num_inference_steps=len(timesteps)) as step:
+            p = probe_blocks(x)
+            if step.needs_probe:
+                step.probe(x, p)
+            if step.action == "reuse":
+                y = step.reuse(x)
+            else:
+                y = remaining_blocks(p)
+                step.record(x, p, y)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import Tensor
+
+from ..config import DiCacheConfig
+from ..ops import resolve_backend
+from ..stats import RunStats
+from .context import Context
+from .readback import as_number
+from .rules import Rules, resolve
+from .run import Timeline
+from .step import Step
+from .where import Where
+
+
+class DiCacheSession:
+    """State and statistics of one model's cache over its runs.
+
+    Args:
+        rules: A configuration, whose `threshold` must be a number unless `schedule` is given; or
+            what `core.rules.resolve` made of one.
+        ascending_timesteps: Whether timesteps rise during a run. A timestep that moves the other
+            way starts a new run; twice in a row, it is the direction.
+
+    Raises:
+        ValueError: No threshold is given, or the backend is not there.
+
+    Attributes:
+        rules: What it decides by.
+        rules_of: Rules of single branches, by name, where they are other ones; empty at first.
+        timeline: Finds out which step of which run a call is.
+    """
+
+    def __init__(self, rules: DiCacheConfig | Rules, *, ascending_timesteps: bool = False) -> None:
+        self.rules = rules if isinstance(rules, Rules) else resolve(rules)
+        resolve_backend(self.rules.backend)  # an absent one is refused here, not in the first run
+        self.rules_of: dict[str, Rules] = {}
+        self.timeline: Timeline[Context] = Timeline(
+            self._make_context,
+            self.rules.config.num_inference_steps,
+            ascending_timesteps=ascending_timesteps,
+        )
+
+    def step(
+        self,
+        where: Where | str,
+        *,
+        timestep: Tensor | float | None = None,
+        num_inference_steps: int | None = None,
+        is_last: bool | None = None,
+    ) -> Step:
+        """Open the next step, as a context manager.
+
+        Args:
+            where: Where the call stands. Or the name of its branch, each call of which is a step:
+                every branch has its own history and schedule.
+            timestep: With a name, the step's timestep. One that moves against the run's direction
+                starts a new run; equal timesteps do not. A tensor is read on the host.
+            num_inference_steps: With a name, the number N of steps of the run; `None` takes the
+                configuration's. Another N than before starts a new run.
+            is_last: With a name, whether this is the run's last step; `None` counts.
+
+        Raises:
+            ValueError: The number of steps is smaller than 1.
+        """
+        if isinstance(where, str):
+            where = Where(
+                where,
+                timestep=as_number(timestep),
+                num_steps=num_inference_steps,
+                is_last=is_last,
+            )
+        return Step(self.timeline, self.rules, where)
+
+    @property
+    def config(self) -> DiCacheConfig:
+        """The configuration, with its threshold filled in."""
+        return self.rules.config
+
+    @property
+    def stats(self) -> RunStats:
+        """Of the current or last run. It outlives the state."""
+        return self.timeline.run.stats
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """Number N of steps of that run; `None` where nobody said it."""
+        return self.timeline.run.num_steps
+
+    def forget(self, context: str) -> None:
+        """Free the state of one context; its next step computes."""
+        self.timeline.forget(context)
+
+    def end(self, run: Hashable) -> None:
+        """Free the state of the run with this key (`Where.run`)."""
+        self.timeline.end(run)
+
+    def reset(self) -> None:
+        """Free all state now. Statistics stay until the first step of the next run."""
+        self.timeline.reset()
+
+    def warn(self, cause: str, message: str) -> None:
+        """Warn with `DiCacheWarning`, once per run and cause."""
+        self.timeline.run.warn(cause, message)
+
+    def _make_context(self, name: str) -> Context:
+        return Context(self.rules_of.get(name, self.rules))

@@ -1,0 +1,414 @@
+"""`Step`: one step of one branch, from its first block to the reuse or the record that ends it."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from ..stats import MOST_RECORDS, StepRecord
+from .behind import has_changed
+from .context import Context
+from .judge import COMPUTE, Decision, judge, judge_samples
+from .readback import Readback, one_number
+from .rules import Rules
+from .run import UNTOLD, Run, Timeline, Visit
+from .trajectory import Inputs, Trajectory
+from .where import Where
+
+
+class Step:
+    """One step of one branch, from `DiCacheSession.step`; end it with `reuse` or `record`.
+
+    Its life: `probe` if `needs_probe`, then either `reuse`, or `resume` and `record`. Leaving it
+    without an end, by an exception or on purpose, makes the branch's next step compute.
+
+    A probe may show that the step is of a new run. It then is a new step in everything, the first
+    one of that run.
+
+    Attributes:
+        where: What was said of it.
+        name: The branch's, as the statistics call it.
+        index: The step's place among its branch's, from 0.
+        stats: Of its run.
+        needs_probe: Whether to ask `probe`; `False` on a step that is computed anyway.
+        rows: Where samples disagree, those whose remaining blocks have to run; else `None`.
+    """
+
+    __slots__ = (
+        "_context",
+        "_decision",
+        "_done",
+        "_gamma",
+        "_inputs",
+        "_queued",
+        "_rules",
+        "_timeline",
+        "_visit",
+        "index",
+        "name",
+        "needs_probe",
+        "rows",
+        "stats",
+        "where",
+    )
+
+    def __init__(self, timeline: Timeline[Context], rules: Rules, where: Where) -> None:
+        self._timeline, self._rules, self.where = timeline, rules, where
+        self._open(timeline.visit(where))
+
+    def _open(self, visit: Visit[Context]) -> None:
+        """Be the step that this is; the only place that gives a step its attributes."""
+        branch, self._visit, self.index = visit.branch, visit, visit.index
+        self.stats = stats = visit.run.stats
+        if branch is None:
+            self._context, self.name = Context(self._rules), UNTOLD
+        else:
+            self._context, self.name = branch.state, branch.name
+        if self.name not in stats.contexts:
+            stats.contexts[self.name] = []
+        self.rows: list[int] | None = None
+        self._decision = COMPUTE
+        self._gamma: Tensor | None = None  # [B]
+        self._queued: Tensor | None = None  # the reused tokens, where `probe` began with them
+        self._inputs: Inputs | None = None  # x and p of a step that was resumed
+        self._done = False
+        context = self._context
+        self._rules = context.rules
+        if not (visit.is_settled and context.has_history):
+            context.drop_entries()
+        if context.computes_in != self.where.computes_in:
+            context.change_state(self.where.computes_in)
+        self.needs_probe = self._is_judged()
+        if self._rules.packs and self.needs_probe and context.trajectory is not None:
+            context.trajectory.expect_probe()
+        context.has_history = False  # until this step is done
+
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the step; what `with` does at its end."""
+        if not self._done:
+            self._done = True
+            for gate in self._context.gates:
+                gate.finish(reused=False)
+            self._count()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was ended by `reuse`, `record` or `close`."""
+        return self._done
+
+    @property
+    def action(self) -> str:
+        """`"compute"`, until `probe` decides on `"resume"` or `"reuse"`."""
+        return self._decision.action
+
+    def probe(self, x: Tensor, p: Tensor) -> Decision:
+        """Judge the step by its probe; waits for the device once.
+
+        On a GPU the reused tokens are queued before the wait, so that it works on them while the
+        host decides; where the answer is to compute they are thrown away.
+
+        Args:
+            x: [B, ...] tokens before block 0.
+            p: [B, ...] tokens after the first `probe_depth` blocks.
+
+        Returns:
+            The decision. Tensors of another shape, dtype or device than before begin a new run:
+            the action is then `"compute"`. So it is where gradients are recorded.
+
+        Raises:
+            RuntimeError: `needs_probe` is False, or the step was probed or ended already.
+        """
+        if not self.needs_probe or self._done or self._decision is not COMPUTE:
+            raise RuntimeError("This step takes no probe. Ask `step.needs_probe`, and probe once.")
+        trajectory = self._trajectory_for(x, p)
+        if not self.needs_probe:  # the layout was new: this is now the first step of a run
+            return self._decision
+        if torch.is_grad_enabled() and (x.requires_grad or p.requires_grad):
+            self._visit.run.warn("gradients", _GRADIENTS)
+            self.needs_probe = False
+            return self._decision
+        on_device, self._gamma = trajectory.measure(x, p)
+        readback = Readback(on_device, *self._other_numbers())
+        if trajectory.runs_ahead and any(gate.may_reuse() for gate in self._context.gates):
+            self._queued = trajectory.combine(x, self._gamma)
+        numbers, *others = readback.wait()
+        self._decision = decision = self._judge(numbers)
+        if others:
+            decision = self._look_at(others)
+        if not decision.reuses_any:
+            self._queued = None
+        elif decision.action != "reuse":  # samples disagree
+            self.rows = [k for k, each in enumerate(decision.samples) if each.action != "reuse"]
+            if self._queued is None:
+                self._queued = trajectory.combine(x, self._gamma)
+        return decision
+
+    def reuse(self, x: Tensor) -> Tensor:
+        """End the step without its remaining blocks: y = x + r_old + gamma (r_new - r_old).
+
+        Raises:
+            RuntimeError: The decision is not `"reuse"`, or the step ended already.
+        """
+        if self._decision.action != "reuse" or self._done:
+            raise RuntimeError(
+                f"A step can be reused once, after `probe` decided so. Its action is "
+                f"{self.action!r}. Run the blocks and call `record`."
+            )
+        trajectory = self._context.trajectory
+        assert trajectory is not None and self._gamma is not None  # probe saw both
+        y = trajectory.combine(x, self._gamma) if self._queued is None else self._queued
+        self._queued = None
+        trajectory.end_step()
+        self._finish()
+        return y
+
+    def resume(self, x: Tensor, p: Tensor) -> None:
+        """The step is computed: keep x and p until `record`, in the cache's own buffers.
+
+        Between probe and record a computed step needs both, but nothing else does. A caller that
+        lets go of its own costs no memory beyond the cache's.
+
+        Raises:
+            RuntimeError: The step ended or was resumed already, or it needs a probe and was not
+                probed: what is kept lies where the trajectory's older entry was.
+        """
+        is_open = not self._done and self._inputs is None
+        if not is_open or (self.needs_probe and self._decision is COMPUTE):
+            raise RuntimeError(
+                "Only a step that is going to be computed is resumed, once, after `probe` if it "
+                "needs one."
+            )
+        self._be_computed()
+        if self._visit.is_kept:
+            trajectory = self._trajectory_for(x, p)
+            self._inputs = trajectory.park(x, p, self.rows)
+
+    @overload
+    def record(self, y: Tensor, /) -> Tensor: ...
+
+    @overload
+    def record(self, x: Tensor, p: Tensor, y: Tensor) -> Tensor: ...
+
+    def record(self, x: Tensor, p: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """End a computed step: its residuals become the newest entry of the trajectory.
+
+        `record(y)` ends a step that was resumed; `record(x, p, y)` does both at once.
+
+        Args:
+            x, p: As for `probe`.
+            y: [B, ...] tokens after the last block; where samples disagree, those of `rows` alone.
+
+        Returns:
+            [B, ...] tokens of all samples, those that were reused filled in.
+
+        Raises:
+            RuntimeError: The step ended already, or `record(y)` follows no `resume`.
+            ValueError: y has another number of samples than `rows`.
+        """
+        if self._done:
+            raise RuntimeError("This step ended already. Open the next one with `session.step`.")
+        tokens = x if y is None else y
+        if self._visit.is_kept:
+            given = None if p is None or y is None else (x, p)
+            trajectory, inputs = self._inputs_of(given)
+            self._check_outputs(inputs, tokens)
+            trajectory.record(inputs, tokens, self.rows)
+            self._context.record(self.where.behind, tokens)
+            if not trajectory.is_counted:
+                _count_memory(self._visit.run)
+        self._inputs = None
+        self._finish()
+        return self._filled_in(tokens)
+
+    # --- the decision ---
+
+    def _other_numbers(self) -> tuple[Tensor, ...]:
+        """What is read along with the probe's numbers, in one wait."""
+        where = self.where
+        behind = self._context.compare(where.behind) if where.behind else ()
+        return behind if where.check is None else (one_number(where.check.value), *behind)
+
+    def _look_at(self, others: list[Any]) -> Decision:
+        """The decision, after a look at what was read along."""
+        check, decision = self.where.check, self._decision
+        if check is not None:
+            value = others.pop(0)
+            if decision.reuses_any and not check.holds(value):
+                self._begin_run()
+                return self._decision
+        # A schedule says itself which steps are alike.
+        if others and has_changed(others.pop(), only_ends=self._rules.schedule is not None):
+            self._context.begin_anew()
+            self._decision = decision.resumed()
+        return self._decision
+
+    def _judge(self, numbers: list[list[float]]) -> Decision:
+        """What the gates say to (error, gamma) of every sample and, in the last row, the batch."""
+        rules, context, visit = self._rules, self._context, self._visit
+        branch, leader = visit.branch, None
+        if rules.shares_decisions and branch is not None and len(self.stats.contexts) > 1:
+            leader = visit.run.branches.leader_of(branch, self.where)
+        if rules.by_sample:
+            follows, leaders = None, None
+            if leader is not None and len(leader.state.gates) == len(context.gates):
+                follows = [gate.consecutive_reuse > 0 for gate in leader.state.gates]
+            if rules.shares_decisions:
+                leaders = self.where.leaders
+            decision = judge_samples(context.gates, numbers[:-1], visit.size, leaders, follows)
+        else:
+            follow = None if leader is None else leader.state.gates[0].consecutive_reuse > 0
+            error, gamma = numbers[-1]
+            decision = judge(context.gates[0], error, gamma, visit.size, follow)
+            if math.isfinite(error) and math.isfinite(gamma):
+                return decision
+        self._drop_spoiled_entries(decision)
+        return decision
+
+    def _drop_spoiled_entries(self, decision: Decision) -> None:
+        """A window with NaN or infinity in it is of no use; the step is computed."""
+        by_sample = bool(decision.samples)
+        for sample, each in enumerate(decision.samples or (decision,)):
+            error, gamma = each.error, each.gamma
+            if error is None or gamma is None or math.isfinite(error) and math.isfinite(gamma):
+                continue
+            self._context.drop_entries(sample if by_sample else None)
+            which = f", sample {sample}" if by_sample else ""
+            self._visit.run.warn(
+                "non-finite",
+                f"Step {self.index} of context {self.name!r}{which}: the error is {error} and "
+                f"gamma {gamma}, so the step is computed. NaN or infinity in the model's hidden "
+                f"states is the usual cause.",
+            )
+
+    def _is_judged(self) -> bool:
+        rules, visit, context = self._rules, self._visit, self._context
+        run, steps = visit.run, visit.run.num_steps
+        if rules.schedule is not None and self.index >= len(rules.schedule):
+            run.warn("schedule", _SHORT_SCHEDULE.format(len(rules.schedule)))
+        if steps is None and rules.needs_num_steps:
+            run.warn("num_inference_steps", _UNKNOWN_LENGTH)
+        if not (visit.is_settled and context.has_history) or context.to_compute:
+            return False
+        if context.has_gradients and torch.is_grad_enabled():
+            run.warn("gradients", _GRADIENTS)
+            return False
+        if self.where.is_noisy:
+            run.warn("noise", _NOISE if rules.is_default else _NOISE_ALL_THE_SAME)
+            if rules.is_default:
+                return False
+        return context.gates[0].wants_probe(self.index, steps, visit.is_last)
+
+    # --- the end ---
+
+    def _be_computed(self) -> None:
+        """The step is computed, also where it might have been reused."""
+        if self.action == "reuse":
+            self._queued = None
+            self._decision = self._decision.resumed()
+
+    def _inputs_of(self, given: tuple[Tensor, Tensor] | None) -> tuple[Trajectory, Inputs]:
+        if given is not None:
+            self._be_computed()
+            trajectory = self._trajectory_for(*given)
+            return trajectory, trajectory.split(*given, self.rows)
+        trajectory = self._context.trajectory  # type: ignore[assignment]
+        if self._inputs is None or trajectory is None:
+            raise RuntimeError("record(y) ends a step after resume(x, p). Or call record(x, p, y).")
+        return trajectory, self._inputs
+
+    def _check_outputs(self, inputs: Inputs, y: Tensor) -> None:
+        if self._rules.by_sample and y.shape[0] != len(inputs):
+            raise ValueError(
+                f"y has {y.shape[0]} samples. Expected {len(inputs)}, those of step.rows in its "
+                f"order (None: all)."
+            )
+
+    def _filled_in(self, y: Tensor) -> Tensor:
+        if self.rows is None:
+            return y
+        assert self._queued is not None  # probe filled the others in
+        filled, self._queued = self._queued, None
+        for row, tokens in zip(self.rows, y, strict=True):
+            filled[row] = tokens
+        return filled
+
+    def _finish(self) -> None:
+        decision, self._done = self._decision, True
+        by_sample, records = self._rules.by_sample, self.stats.contexts[self.name]
+        for sample, gate in enumerate(self._context.gates):
+            each = decision.samples[sample] if decision.samples else decision
+            gamma = each.gamma if each.action == "reuse" else None
+            numbers = (each.action, each.error, each.accumulated_error, gamma)
+            records.append(StepRecord(self.index, *numbers, sample if by_sample else None))
+            gate.finish(reused=each.action == "reuse")
+        if len(records) >= MOST_RECORDS:
+            del records[: MOST_RECORDS // 2]
+        self._count()
+        self._context.has_history = self._visit.is_kept
+
+    def _count(self) -> None:
+        if self._visit.branch is not None:
+            self._visit.branch.next_step = self.index + 1
+
+    # --- the trajectory ---
+
+    def _trajectory_for(self, x: Tensor, p: Tensor) -> Trajectory:
+        """The branch's trajectory for tensors like these, in a new run if they changed."""
+        known = self._context.trajectory
+        if known is not None and known.matches(x, p):
+            return known
+        if known is not None:
+            self._begin_run()
+        return self._context.make_trajectory(x, p)
+
+    def _begin_run(self) -> None:
+        """This turned out to be a new run's first step: begin it, and be that step."""
+        self._open(self._timeline.restart(self.where))
+
+
+def _count_memory(run: Run[Context]) -> None:
+    """Note how much the branches of a run hold now."""
+    held = [each.state.trajectory for each in run.branches if each.state.trajectory is not None]
+    tensors = sum(trajectory.num_tensors for trajectory in held)
+    num_bytes = sum(trajectory.num_bytes for trajectory in held)
+    run.stats.cache_tensors = max(run.stats.cache_tensors, tensors)
+    run.stats.cache_bytes = max(run.stats.cache_bytes, num_bytes)
+
+
+_GRADIENTS = (
+    "Gradients are recorded, and the cache has none to give, so steps are computed without it. "
+    "Call the model inside torch.no_grad() or torch.inference_mode()."
+)
+_SHORT_SCHEDULE = (
+    "schedule has {} letters and the run more steps. Those behind its end are computed; give "
+    "schedule one letter a step."
+)
+_UNKNOWN_LENGTH = (
+    "The number of steps is unknown and the rules need it, so every step is computed. Set "
+    "DiCacheConfig(num_inference_steps=...), or use apply_dicache(pipe) instead of applying it to "
+    "the transformer."
+)
+_NOISE = (
+    "The scheduler adds new noise in every step, so that no step is like the one before, and every "
+    "step is computed. A scheduler without it can be cached; a threshold of your own caches this "
+    "one, too."
+)
+_NOISE_ALL_THE_SAME = (
+    "The scheduler adds new noise in every step, so that no step is like the one before: what is "
+    "reused costs more quality than usual. DiCacheConfig() computes every step there."
+)

@@ -1,0 +1,77 @@
+"""What is known of one call of a cached model while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.step import Step
+from ..core.where import Where
+from .samples import Samples
+
+
+class Locator(Protocol):
+    """An adapter's: tells where calls stand."""
+
+    def where(self, arguments: Mapping[str, Any], layout: torch.Size) -> Where:
+        """Where the call with these arguments stands; asked at the call's first block.
+
+        Args:
+            arguments: Of the model's call, by name.
+            layout: Shape [B, S, D] of its tokens.
+        """
+
+    def end_call(self) -> None:
+        """The call is over, one way or another."""
+
+
+class Untouched:
+    """Whether blocks leave the tokens that they are given as they are.
+
+    torch counts the writes into a tensor, but not into one that was made in inference mode: of
+    those a copy is kept, and compared once.
+
+    Args:
+        x: Tokens that enter a block.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        self._copy = x.clone() if x.is_inference() else None
+        self._version = -1 if x.is_inference() else x._version
+
+    def is_true_beside(self, output: Tensor) -> bool:
+        """Whether x is as it was, and shares no memory with what came out."""
+        x = self._x
+        if x.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
+            return False
+        if self._copy is None:
+            return x._version == self._version
+        return torch.equal(x, self._copy)
+
+
+class Call:
+    """One call of a model.
+
+    Args:
+        arguments: By name.
+
+    Attributes:
+        step: The step that it is, from its first block on.
+        x: [B, S, D] tokens before block 0, as long as they are needed.
+        untouched: Tells whether the probe wrote into x, as long as that is not known of the model.
+        num_tokens: S.
+        samples: Those that blocks run for, if not for all.
+    """
+
+    step: Step | None = None
+    x: Tensor | None = None
+    untouched: Untouched | None = None
+    num_tokens: int = 0
+    samples: Samples | None = None
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments

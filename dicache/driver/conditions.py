@@ -1,0 +1,89 @@
+"""What of a call's arguments changes what blocks behind the probe compute, where it sees nothing.
+
+Numbers, names and block lists are taken as they are: any change of them is one. Of tensors that are
+added to the tokens between blocks, which change a little in every step, a sample is taken: a fixed
+random choice of their elements, for `core.behind` to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SAMPLE = 1024  # elements of a tensor
+_SEED = 0
+
+
+class Conditions:
+    """Reads these arguments of a model's calls.
+
+    Args:
+        names: Of the arguments; those that a call does not give do not count.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        self._choices: dict[tuple[int, torch.device], Tensor] = {}
+
+    def read(self, arguments: Mapping[str, Any]) -> tuple[Hashable, tuple[Tensor, ...]]:
+        """What has to stay as it is, and samples of what has to stay alike."""
+        state: list[Hashable] = []
+        samples: list[Tensor] = []
+        for name in self._names:
+            value = arguments.get(name)
+            if value is None:
+                continue
+            state.append(name)
+            tensors = _added_tensors(value)
+            if tensors:
+                sample = self._sample(tensors)
+                state.append(sample.shape[0])
+                samples.append(sample)
+            else:
+                state.append(_plain(value))
+        return tuple(state), tuple(samples)
+
+    @torch.no_grad()
+    def _sample(self, tensors: list[Tensor]) -> Tensor:
+        """[n] elements of the first, the middle and the last one of them."""
+        chosen = {0, len(tensors) // 2, len(tensors) - 1}
+        parts = [self._elements(tensors[index]) for index in sorted(chosen)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _elements(self, tensor: Tensor) -> Tensor:
+        count = tensor.numel()
+        if count <= _SAMPLE:
+            return tensor.detach().flatten().clone()  # the caller may write into it
+        key = (count, tensor.device)
+        if key not in self._choices:
+            generator = torch.Generator().manual_seed(_SEED)
+            with torch.inference_mode(False):
+                choice = torch.randint(count, (_SAMPLE,), generator=generator)
+                self._choices = {**self._choices, key: choice.to(tensor.device)}
+        return torch.take(tensor.detach(), self._choices[key])
+
+
+def _added_tensors(value: Any) -> list[Tensor]:
+    """The tensors of a list, tuple or dictionary by block; a dictionary of options has none."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        by_block = value and all(isinstance(key, int) for key in value)
+        return _added_tensors(list(value.values())) if by_block else []
+    if isinstance(value, (list, tuple)):
+        return [each for each in value if isinstance(each, Tensor)]
+    return []
+
+
+def _plain(value: Any) -> Hashable:
+    """What stays equal as long as numbers, names and block lists do; tensors by being there."""
+    if isinstance(value, Mapping):
+        return tuple((str(key), _plain(each)) for key, each in sorted(value.items(), key=str))
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(each) for each in value)
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return value
+    return type(value).__name__
