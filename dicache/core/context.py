@@ -34,6 +34,7 @@ class Context:
         self.has_gradients = False
         self.computes_in: Hashable = None
         self._behind: list[tuple[Tensor, ...]] = []  # of the entries, the newest first
+        self._tokens: list[tuple[Hashable, Tensor]] = []  # moments and samples of the last steps' x
 
     def change_state(self, computes_in: Hashable) -> None:
         """What lies behind the probe is in another state from here on."""
@@ -64,6 +65,14 @@ class Context:
             self.gates = [Gate(self.rules) for _ in range(x.shape[0])]
         self.trajectory = trajectory  # now that it is whole
         return trajectory
+
+    def note_tokens(self, moment: Hashable, tokens: Tensor) -> None:
+        """A step of this moment began with tokens x, of which this is a sample."""
+        self._tokens = [(moment, tokens), *self._tokens[:1]]
+
+    def tokens_before(self, moment: Hashable) -> tuple[Hashable, Tensor] | None:
+        """The last step before this moment's: its own moment and its sample, if it is known."""
+        return next((known for known in self._tokens if known[0] != moment), None)
 
     def record(self, behind: tuple[Tensor, ...], y: Tensor) -> None:
         """A step was recorded, with this added behind the probe, and these tokens at the end."""

@@ -39,6 +39,8 @@ class Visit(Generic[State]):
         size: N (t_prev - t) / t_first: the step's size relative to the run's mean; 1 if unknown.
         is_settled: Whether the branch's history is certainly its own.
         is_kept: Whether the call may become a part of its branch's history.
+        siblings: The branches of one prompt, where it has several calls a step: this one is among
+            them by its order.
     """
 
     run: Run[State]
@@ -48,6 +50,7 @@ class Visit(Generic[State]):
     size: float = 1.0
     is_settled: bool = False
     is_kept: bool = False
+    siblings: list[Branch[State]] | None = None
 
 
 class Timeline(Generic[State]):
@@ -194,7 +197,8 @@ class Timeline(Generic[State]):
             is_last = index == last or run.moments - 1 == last
         size = 1.0 if self._clock.ascends else _size(run, branch.timestep, where.timestep)
         branch.moment, branch.timestep = where.moment, where.timestep
-        return Visit(run, branch, index, is_last, size, is_settled, branch.is_kept)
+        siblings = group.branches if len(group.branches) > 1 else None
+        return Visit(run, branch, index, is_last, size, is_settled, branch.is_kept, siblings)
 
 
 class Run(Generic[State]):

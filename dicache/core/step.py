@@ -16,8 +16,14 @@ from .judge import COMPUTE, Decision, judge, judge_samples
 from .readback import Readback, one_number
 from .rules import Rules
 from .run import UNTOLD, Run, Timeline, Visit
+from .sample import sample_of
 from .trajectory import Inputs, Trajectory
 from .where import Where
+
+# Calls of one step are told apart by their place in it. A call is another's where its tokens are so
+# much nearer to those, and anybody's where it moved about as far as the calls lie from each other.
+_NEARER = 0.9
+_AS_FAR = (0.5, 2.0)
 
 
 class Step:
@@ -47,6 +53,7 @@ class Step:
         "_queued",
         "_rules",
         "_timeline",
+        "_tokens",
         "_visit",
         "index",
         "name",
@@ -75,6 +82,7 @@ class Step:
         self._gamma: Tensor | None = None  # [B]
         self._queued: Tensor | None = None  # the reused tokens, where `probe` began with them
         self._inputs: Inputs | None = None  # x and p of a step that was resumed
+        self._tokens: Tensor | None = None  # a sample of x, where it tells whose step it is
         self._done = False
         context = self._context
         self._rules = context.rules
@@ -143,7 +151,7 @@ class Step:
             self.needs_probe = False
             return self._decision
         on_device, self._gamma = trajectory.measure(x, p)
-        readback = Readback(on_device, *self._other_numbers())
+        readback = Readback(on_device, *self._other_numbers(x))
         if trajectory.runs_ahead and any(gate.may_reuse() for gate in self._context.gates):
             self._queued = trajectory.combine(x, self._gamma)
         numbers, *others = readback.wait()
@@ -196,6 +204,7 @@ class Step:
         self._be_computed()
         if self._visit.is_kept:
             trajectory = self._trajectory_for(x, p)
+            self._see_whose_it_is(x)
             self._inputs = trajectory.park(x, p, self.rows)
 
     @overload
@@ -237,11 +246,13 @@ class Step:
 
     # --- the decision ---
 
-    def _other_numbers(self) -> tuple[Tensor, ...]:
-        """What is read along with the probe's numbers, in one wait."""
+    def _other_numbers(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What is read along with the probe's numbers, in one wait; `_look_at` takes them."""
         where = self.where
         behind = self._context.compare(where.behind) if where.behind else ()
-        return behind if where.check is None else (one_number(where.check.value), *behind)
+        if where.check is not None:
+            behind = (one_number(where.check.value), *behind)
+        return (*behind, *self._distances(x)) if self._visit.siblings else behind
 
     def _look_at(self, others: list[Any]) -> Decision:
         """The decision, after a look at what was read along."""
@@ -251,11 +262,44 @@ class Step:
             if decision.reuses_any and not check.holds(value):
                 self._begin_run()
                 return self._decision
+        if self._tokens is not None:
+            self._look_at_distances(others.pop())
         # A schedule says itself which steps are alike.
         if others and has_changed(others.pop(), only_ends=self._rules.schedule is not None):
             self._context.begin_anew()
             self._decision = decision.resumed()
         return self._decision
+
+    def _distances(self, x: Tensor) -> tuple[Tensor, ...]:
+        """How far x is from that of the step before, of this branch and of its siblings.
+
+        A step's calls of one prompt are told apart by their order. Where that changes, tokens are
+        nearer to those of another call than to those of the one in the same place.
+        """
+        branch, siblings, moment = self._visit.branch, self._visit.siblings, self.where.moment
+        if branch is None or siblings is None:
+            return ()
+        self._tokens = tokens = sample_of(x).to(torch.float32)
+        own = self._context.tokens_before(moment)
+        if own is None or own[1].shape != tokens.shape:
+            return (tokens.new_zeros(2, 1),)
+        others = [each.state.tokens_before(moment) for each in siblings if each is not branch]
+        known = [own[1]]
+        for other in others:
+            if other is not None and other[0] == own[0] and other[1].shape == tokens.shape:
+                known.append(other[1])
+        origins = torch.stack([tokens, own[1]])
+        return (torch.linalg.vector_norm(torch.stack(known) - origins[:, None], dim=-1),)
+
+    def _look_at_distances(self, distances: list[list[float]]) -> None:
+        (own, *to_others), (_, *apart) = distances
+        least, most = _AS_FAR
+        for to_other, between in zip(to_others, apart, strict=True):
+            if to_other < _NEARER * own or least * between < own < most * between:
+                self._visit.run.warn("order", _OTHER_ORDER)
+                self._context.drop_entries()
+                self._decision = self._decision.resumed()
+                return
 
     def _judge(self, numbers: list[list[float]]) -> Decision:
         """What the gates say to (error, gamma) of every sample and, in the last row, the batch."""
@@ -315,6 +359,12 @@ class Step:
 
     # --- the end ---
 
+    def _see_whose_it_is(self, x: Tensor) -> None:
+        """Of several calls of a step that were told apart by their order; waits for the device."""
+        if self._visit.siblings and self._tokens is None:
+            (distances,) = Readback(*self._distances(x)).wait()
+            self._look_at_distances(distances)
+
     def _be_computed(self) -> None:
         """The step is computed, also where it might have been reused."""
         if self.action == "reuse":
@@ -325,6 +375,7 @@ class Step:
         if given is not None:
             self._be_computed()
             trajectory = self._trajectory_for(*given)
+            self._see_whose_it_is(given[0])
             return trajectory, trajectory.split(*given, self.rows)
         trajectory = self._context.trajectory  # type: ignore[assignment]
         if self._inputs is None or trajectory is None:
@@ -359,6 +410,8 @@ class Step:
         if len(records) >= MOST_RECORDS:
             del records[: MOST_RECORDS // 2]
         self._count()
+        if self._tokens is not None:
+            self._context.note_tokens(self.where.moment, self._tokens)
         self._context.has_history = self._visit.is_kept
 
     def _count(self) -> None:
@@ -402,6 +455,11 @@ _UNKNOWN_LENGTH = (
     "The number of steps is unknown and the rules need it, so every step is computed. Set "
     "DiCacheConfig(num_inference_steps=...), or use apply_dicache(pipe) instead of applying it to "
     "the transformer."
+)
+_OTHER_ORDER = (
+    "The transformer is called several times a step with one prompt, and in another order than in "
+    "the step before: such calls are computed. Call it for the parts of a picture always in the "
+    "same order, or wrap each part's calls in a `cache_context` of its own name."
 )
 _NOISE = (
     "The scheduler adds new noise in every step, so that no step is like the one before, and every "

@@ -1,8 +1,8 @@
 """What of a call's arguments changes what blocks behind the probe compute, where it sees nothing.
 
 Numbers, names and block lists are taken as they are: any change of them is one. Of tensors that are
-added to the tokens between blocks, which change a little in every step, a sample is taken: a fixed
-random choice of their elements, for `core.behind` to compare.
+added to the tokens between blocks, which change a little in every step, a sample is taken for
+`core.behind` to compare.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SAMPLE = 1024  # elements of a tensor
-_SEED = 0
+from ..core.sample import sample_of
 
 
 class Conditions:
@@ -26,7 +25,6 @@ class Conditions:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
-        self._choices: dict[tuple[int, torch.device], Tensor] = {}
 
     def read(self, arguments: Mapping[str, Any]) -> tuple[Hashable, tuple[Tensor, ...]]:
         """What has to stay as it is, and samples of what has to stay alike."""
@@ -39,31 +37,19 @@ class Conditions:
             state.append(name)
             tensors = _added_tensors(value)
             if tensors:
-                sample = self._sample(tensors)
+                sample = _sample_of_all(tensors)
                 state.append(sample.shape[0])
                 samples.append(sample)
             else:
                 state.append(_plain(value))
         return tuple(state), tuple(samples)
 
-    @torch.no_grad()
-    def _sample(self, tensors: list[Tensor]) -> Tensor:
-        """[n] elements of the first, the middle and the last one of them."""
-        chosen = {0, len(tensors) // 2, len(tensors) - 1}
-        parts = [self._elements(tensors[index]) for index in sorted(chosen)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _elements(self, tensor: Tensor) -> Tensor:
-        count = tensor.numel()
-        if count <= _SAMPLE:
-            return tensor.detach().flatten().clone()  # the caller may write into it
-        key = (count, tensor.device)
-        if key not in self._choices:
-            generator = torch.Generator().manual_seed(_SEED)
-            with torch.inference_mode(False):
-                choice = torch.randint(count, (_SAMPLE,), generator=generator)
-                self._choices = {**self._choices, key: choice.to(tensor.device)}
-        return torch.take(tensor.detach(), self._choices[key])
+def _sample_of_all(tensors: list[Tensor]) -> Tensor:
+    """[n] elements of the first, the middle and the last one of them."""
+    chosen = {0, len(tensors) // 2, len(tensors) - 1}
+    parts = [sample_of(tensors[index]) for index in sorted(chosen)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _added_tensors(value: Any) -> list[Tensor]:
