@@ -234,5 +234,5 @@ def _did_step(leader: Branch[State], branch: Branch[State], where: Where) -> boo
     if where.moment is not None:
         return leader.moment == where.moment
     if where.timestep is None:  # branches that are not called in every step fall out of pace
-        return leader.next_step == branch.next_step + 1
+        return leader.next_step == branch.next_step
     return leader.timestep == where.timestep

@@ -187,6 +187,7 @@ class Timeline(Generic[State]):
         if group.changes > 2:  # fewer are a part of a run with other guidance than the rest
             run.warn("calls", _OTHER_NUMBER_OF_CALLS)
         is_settled, index = branch.is_settled, branch.next_step
+        branch.next_step = index + 1
         if self._restless > 1 and run.moments - run.missed <= self._restless:
             is_settled = False
             if self._restless == 3:  # once, until runs go on again

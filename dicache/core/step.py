@@ -112,7 +112,6 @@ class Step:
             self._done = True
             for gate in self._context.gates:
                 gate.finish(reused=False)
-            self._count()
 
     @property
     def is_done(self) -> bool:
@@ -409,14 +408,9 @@ class Step:
             gate.finish(reused=each.action == "reuse")
         if len(records) >= MOST_RECORDS:
             del records[: MOST_RECORDS // 2]
-        self._count()
         if self._tokens is not None:
             self._context.note_tokens(self.where.moment, self._tokens)
         self._context.has_history = self._visit.is_kept
-
-    def _count(self) -> None:
-        if self._visit.branch is not None:
-            self._visit.branch.next_step = self.index + 1
 
     # --- the trajectory ---
 

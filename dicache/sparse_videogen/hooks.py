@@ -191,8 +191,6 @@ class _SparseTransformer:
             return  # the model says what is missing
         where = self.site.where(given)
         visit = self.timeline.visit(where)
-        if visit.branch is not None:
-            visit.branch.next_step += 1
         # A second expert goes on where the first one stopped; its own steps begin at 0.
         index = max(visit.index, where.position or 0)
         call = self._read(given)

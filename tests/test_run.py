@@ -1,0 +1,272 @@
+"""Which run and which step a call is, found out from what was said of it; no tensor is needed."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from dicache import DiCacheWarning, Where
+from dicache.core.branches import MOST_BRANCHES
+from dicache.core.run import UNTOLD, Timeline, Visit
+
+
+class Prompt:
+    """Stands for a text embedding: compared by identity, referenced weakly."""
+
+
+class Notes:
+    """Visits a timeline, and keeps what it said."""
+
+    def __init__(self, **options: Any) -> None:
+        self.timeline: Timeline[str] = Timeline(str, **options)
+        self.visits: list[Visit[str]] = []
+
+    def __call__(self, *calls: Where) -> list[int]:
+        """The number of the run that each of the calls belongs to, in order of appearance."""
+        self.visits += [self.timeline.visit(call) for call in calls]
+        runs: list[int] = []
+        for visit in self.visits:
+            runs.append(runs[-1] if runs else 0)
+            before = [each.run for each in self.visits[: len(runs) - 1]]
+            known = [k for k, run in zip(runs, before, strict=False) if run is visit.run]
+            runs[-1] = known[0] if known else len({id(run) for run in before})
+        return runs
+
+    @property
+    def steps(self) -> list[int]:
+        return [visit.index for visit in self.visits]
+
+    @property
+    def branches(self) -> list[str]:
+        return [UNTOLD if each.branch is None else each.branch.name for each in self.visits]
+
+
+def times(*timesteps: float, **told: Any) -> Iterable[Where]:
+    return [Where(timestep=time, moment=time, **told) for time in timesteps]
+
+
+# --- what ends a run -----------------------------------------------------------------------------
+
+PROMPT = Prompt()
+GOES_ON: dict[str, list[Where]] = {
+    "timesteps that fall": [*times(9, 7, 5, 3)],
+    "equal timesteps": [Where(timestep=9), Where(timestep=9), Where(timestep=9)],
+    "no timestep at all": [Where(), Where(), Where()],
+    "positions that rise": [Where(moment=k, position=k) for k in range(3)],
+    "positions under timesteps that rise": [
+        Where(moment=k, position=k, timestep=100 * k) for k in range(3)
+    ],
+    "another branch": [Where("cond", moment=9), Where("uncond", moment=9), Where("cond", moment=7)],
+    "a new embedding of a named branch": [
+        Where("cond", prompt, moment=time) for time, prompt in ((9, Prompt()), (7, Prompt()))
+    ],
+}
+BEGINS: dict[str, list[Where]] = {
+    "somebody says so": [*times(9, 7), Where(timestep=5, moment=5, begins=True)],
+    "timesteps go back": [*times(9, 7, 9)],
+    "positions go back": [Where(moment=k, position=k) for k in (0, 1, 0)],
+    "another number of steps": [Where(num_steps=9), Where(num_steps=9), Where(num_steps=8)],
+    "its steps are done": [*times(9, 7, num_steps=2), Where(timestep=5, moment=5, num_steps=2)],
+    "its steps are done, by count": [Where(num_steps=2), Where(num_steps=2), Where(num_steps=2)],
+    "another layout": [
+        *[Where(None, PROMPT, (1, 4, 8), moment=time) for time in (9, 7)],
+        Where(None, PROMPT, (1, 6, 8), moment=5),
+    ],
+}
+
+
+@pytest.mark.parametrize("calls", GOES_ON.values(), ids=GOES_ON)
+def test_a_run_goes_on_with(calls: list[Where]) -> None:
+    assert set(Notes()(*calls)) == {0}
+
+
+@pytest.mark.parametrize("calls", BEGINS.values(), ids=BEGINS)
+def test_a_new_run_begins_where(calls: list[Where]) -> None:
+    notes = Notes()
+    assert notes(*calls) == [0, 0, 1]
+    assert notes.steps == [0, 1, 0]
+
+
+def test_a_request_that_begins_where_another_was_given_up_has_a_run_of_its_own() -> None:
+    """After an exception in the first step, say: same timestep, same name, another prompt."""
+    first, second = Prompt(), Prompt()
+    calls = [Where("cond", first, moment=9), Where("cond", second, moment=9)]
+    assert Notes()(*calls, Where("cond", second, moment=7)) == [0, 1, 1]
+
+
+def test_a_request_that_goes_on_beside_the_one_that_displaced_it_has_a_branch_of_its_own() -> None:
+    prompts = Prompt(), Prompt()
+    notes = Notes(num_steps=4)
+    calls = [Where("cond", each, moment=9 - k) for k in range(4) for each in prompts]
+    assert notes(*calls) == [0] + [1] * 7
+    assert notes.branches[1:] == ["cond", "cond#2"] * 3 + ["cond"]
+
+
+def test_calls_in_lockstep_have_branches_in_the_order_in_which_they_came() -> None:
+    prompts = Prompt(), Prompt()
+    notes = Notes(num_steps=4)
+    notes(*(Where(None, each, moment=9 - k) for k in range(3) for each in prompts))
+    assert notes.branches == ["branch0", "branch1"] * 3
+    assert notes.steps == [0, 0, 1, 1, 2, 2]
+
+
+# --- the direction -------------------------------------------------------------------------------
+
+
+def test_timesteps_that_rise_are_one_run_from_the_third_one_on() -> None:
+    notes = Notes(num_steps=6)
+    assert notes(*times(1, 2, 3, 4, 5, 6)) == [0, 1, 2, 2, 2, 2]
+    assert notes.steps[2:] == [2, 3, 4, 5]  # the two before are counted
+    assert notes.visits[-1].is_last
+
+
+def test_the_direction_is_learned_once_and_learned_back() -> None:
+    notes, up, down = Notes(num_steps=6), range(1, 7), range(6, 0, -1)
+    notes(*times(*up))
+    assert notes(*times(*up))[6:] == [3] * 6  # the next inversion: no step is missed
+    assert notes(*times(*down))[12:] == [3, 4, 5, 5, 5, 5]  # begins with the same timestep
+    assert notes.steps[14:18] == [2, 3, 4, 5]
+    assert notes(*times(*down))[18:] == [6] * 6
+
+
+def test_a_family_whose_timesteps_rise_loses_none() -> None:
+    assert Notes(ascending_timesteps=True)(*times(1, 2, 3)) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("offset", [2, 3, 5])  # by 1 they are in lockstep
+def test_requests_that_take_turns_are_never_taken_for_one(offset: int) -> None:
+    """Each jumps back to where it was, over the place where the other one stands."""
+    notes = Notes(num_steps=12)
+    one, other = [*times(*range(12, 0, -1))], [*times(*range(12, 0, -1))]
+    calls = [*one[:offset]]
+    for index in range(12 - offset):
+        calls += [other[index], one[index + offset]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        notes(*calls)
+    turns = notes.visits[offset:]
+    assert not any(visit.is_settled and visit.index > 0 for visit in turns[4:])
+    assert len(caught) == 1 and "take turns" in str(caught[0].message)
+
+
+def test_a_run_that_goes_on_after_turns_is_trusted_again() -> None:
+    notes = Notes(num_steps=12)
+    with pytest.warns(DiCacheWarning, match="take turns"):
+        notes(*times(9, 8, 9, 8, 9, 8, 9, 8, 7, 6, 5, 4))
+    assert notes.visits[-1].is_settled and notes.visits[-1].index == 5
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_short_runs_that_are_meant_to_be_short_are_no_turns(length: int) -> None:
+    notes = Notes(num_steps=length)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            notes(*times(*range(9, 9 - length, -1)))
+    assert all(visit.is_settled for visit in notes.visits)
+
+
+# --- sizes, last steps ---------------------------------------------------------------------------
+
+
+def test_a_step_is_as_large_as_its_timesteps_say() -> None:
+    notes = Notes(num_steps=4)
+    notes(*times(8, 7, 4, 2))
+    assert [visit.size for visit in notes.visits] == [1, 0.5, 1.5, 1]
+
+
+def test_a_first_timestep_that_another_model_took_counts() -> None:
+    notes = Notes(num_steps=4)
+    notes(*times(4, 3, first_timestep=8))
+    assert notes.visits[1].size == 0.5
+
+
+@pytest.mark.parametrize("branches", [["main"], ["cond", "uncond"]])
+def test_the_last_step_is_the_last_of_every_branch(branches: list[str]) -> None:
+    notes = Notes(num_steps=3)
+    notes(*(Where(name, moment=time, timestep=time) for time in (9, 6, 3) for name in branches))
+    assert [visit.is_last for visit in notes.visits] == [
+        time == 3 for time in (9, 6, 3) for _ in branches
+    ]
+
+
+def test_a_branch_that_begins_late_has_the_runs_last_step_all_the_same() -> None:
+    notes = Notes(num_steps=3)
+    late = Where("late", moment=3)
+    notes(Where("cond", moment=9), Where("cond", moment=6), Where("cond", moment=3), late)
+    assert notes.visits[-1].is_last and notes.visits[-1].index == 0
+
+
+# --- who has a run at all ------------------------------------------------------------------------
+
+
+def test_callers_with_keys_have_their_runs_side_by_side() -> None:
+    notes = Notes(num_steps=9)
+    calls = [Where("cond", run=key, timestep=t) for t in (9, 8, 7) for key in ("a", "b")]
+    assert notes(*calls) == [0, 1, 0, 1, 0, 1]
+    assert notes.steps == [0, 0, 1, 1, 2, 2]
+    notes.timeline.end("a")
+    assert notes(*(Where("cond", run=key, timestep=6) for key in ("a", "b")))[6:] == [2, 1]
+
+
+def test_runs_with_keys_that_nobody_ended_are_bounded() -> None:
+    notes = Notes(num_steps=9)
+    notes(*(Where("cond", run=key) for key in range(1000)))
+    assert len(notes.timeline._runs) <= 64
+    assert notes(Where("cond", run=999))[-1] == 999  # the newest are kept
+
+
+def test_calls_of_which_nobody_can_tell_the_branch_are_told_once() -> None:
+    notes = Notes(num_steps=9)
+    with pytest.warns(DiCacheWarning, match="Nobody can tell which branch") as caught:
+        notes(*(Where(None) for _ in range(5)))
+    assert len(caught) == 1
+    assert notes.branches == [UNTOLD] * 5 and notes.steps == [0, 1, 2, 3, 4]
+    assert not any(visit.is_settled or visit.is_kept for visit in notes.visits)
+
+
+def test_embeddings_that_are_made_anew_are_told_once_and_take_no_memory() -> None:
+    notes = Notes(num_steps=99)
+    with pytest.warns(DiCacheWarning, match="new text embeddings") as caught:
+        for time in range(99, 0, -1):
+            prompts = Prompt(), Prompt()
+            notes(*(Where(None, each, moment=time, timestep=time) for each in prompts))
+            del prompts
+            gc.collect()
+    assert len(caught) == 1
+    assert len(list(notes.timeline.run.branches)) <= 2
+
+
+def test_prompts_without_end_take_no_memory_without_end() -> None:
+    """Of an engine that keeps them all, and calls each once a step."""
+    notes, prompts = Notes(num_steps=9), [Prompt() for _ in range(200)]
+    with pytest.warns(DiCacheWarning, match=f"more than {MOST_BRANCHES} times a step") as caught:
+        notes(*(Where(None, each, moment=9, timestep=9) for each in prompts))
+    assert len(caught) == 1
+    assert len(list(notes.timeline.run.branches)) == MOST_BRANCHES
+
+
+def test_one_step_requests_are_runs_and_no_branches() -> None:
+    notes = Notes(num_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runs = notes(*(Where(None, Prompt(), moment=9, timestep=9) for _ in range(50)))
+    assert len(set(runs)) > 1 and len(notes.timeline._runs) == 1
+    assert len(list(notes.timeline.run.branches)) <= 4
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_number_of_steps_below_one_is_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"num_inference_steps is {steps}. Expected an integer"):
+        Notes()(Where(num_steps=steps))
+
+
+def test_what_was_said_is_never_changed_by_the_timeline() -> None:
+    where = Where("cond", moment=9, timestep=9)
+    same = Where("cond", moment=9, timestep=9)
+    Notes(num_steps=4)(where, where)
+    assert where == same
