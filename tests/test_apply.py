@@ -18,19 +18,15 @@ from tiny_pipelines import pipeline, run
 from torch import Tensor, nn
 
 from dicache import (
-    BlockStack,
     DiCacheConfig,
     DiCacheWarning,
-    ModelFamily,
     RunStats,
     apply_dicache,
     get_stats,
-    register_family,
     remove_dicache,
     reset_dicache,
 )
 from dicache.adapters.diffusers.attach import sessions
-from dicache.driver import families
 
 ALWAYS = DiCacheConfig(threshold=float("inf"), retention_ratio=0, compute_last_step=False)
 FIRST_BLOCK = FirstBlockCacheConfig(threshold=10.0)
@@ -214,65 +210,6 @@ def test_text_embeddings_that_change_are_computed_with_a_warning():
         for inputs in calls("flux", 4):
             model(**{**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].clone()})
     assert get_stats(model).num_computed == 4
-
-
-class Block(nn.Module):
-    """Returns (tokens, text), and calls its tokens `states`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, text: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        return states + self.linear(states).sin() + text.mean(), text
-
-
-class PlainTransformer(nn.Module):
-    """A model that knows nothing of diffusers' mixins."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(3))
-
-    def forward(self, states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        text = encoder_hidden_states
-        for layer in self.layers:
-            states, text = layer(text, states=states)
-        return states
-
-
-@pytest.fixture
-def plain_family(monkeypatch):
-    monkeypatch.setattr(families, "_FAMILIES", [*families._FAMILIES])
-    stack = BlockStack("layers", outputs=("states", "text"), hidden_states="states")
-    family = ModelFamily("plain", "PlainTransformer", (stack,), threshold=0.5)
-    register_family(family)
-    return family
-
-
-def test_a_family_of_the_users_own(plain_family):
-    torch.manual_seed(0)
-    model, prompt = PlainTransformer(), torch.randn(1, 3, 8)
-    apply_dicache(model, DiCacheConfig(schedule="CR"))
-    first, second = torch.randn(2, 1, 4, 8)
-    y = model(first, torch.tensor(1.0), prompt)
-    reused = model(second, torch.tensor(0.5), encoder_hidden_states=prompt)
-    assert torch.allclose(reused, second + (y - first), atol=1e-6)  # one entry: y = x + r_new
-    assert get_stats(model).block_calls == 3 + 1
-    remove_dicache(model)
-    assert not torch.allclose(model(second, torch.tensor(0.5), prompt), reused)
-
-
-def test_a_family_is_registered_once(plain_family):
-    with pytest.raises(ValueError, match="registered already"):
-        register_family(plain_family)
-
-
-def test_a_family_needs_its_blocks(plain_family):
-    model = PlainTransformer()
-    del model.layers
-    with pytest.raises(ValueError, match="no block list 'layers'"):
-        apply_dicache(model)
 
 
 @pytest.mark.parametrize("block", (0, 3))  # NaN in the probe, and only behind it

@@ -29,8 +29,8 @@ _AS_FAR = (0.5, 2.0)
 class Step:
     """One step of one branch, from `DiCacheSession.step`; end it with `reuse` or `record`.
 
-    Its life: `probe` if `needs_probe`, then either `reuse`, or `resume` and `record`. Leaving it
-    without an end, by an exception or on purpose, makes the branch's next step compute.
+    Its life: `probe` if `needs_probe`, then either `reuse`, or `resume` and `record`, or `discard`.
+    Leaving it without an end, by an exception or on purpose, makes the branch's next step compute.
 
     A probe may show that the step is of a new run. It then is a new step in everything, the first
     one of that run.
@@ -113,9 +113,22 @@ class Step:
             for gate in self._context.gates:
                 gate.finish(reused=False)
 
+    def discard(self) -> None:
+        """End a computed step of which nothing can be kept: gradients are recorded, say.
+
+        It counts in the statistics, and the branch's next step computes, too.
+
+        Raises:
+            RuntimeError: The step ended already.
+        """
+        if self._done:
+            raise RuntimeError("This step ended already. Open the next one with `session.step`.")
+        self._be_computed()
+        self._finish(is_kept=False)
+
     @property
     def is_done(self) -> bool:
-        """Whether it was ended by `reuse`, `record` or `close`."""
+        """Whether it was ended by `reuse`, `record`, `discard` or `close`."""
         return self._done
 
     @property
@@ -181,7 +194,7 @@ class Step:
         y = trajectory.combine(x, self._gamma) if self._queued is None else self._queued
         self._queued = None
         trajectory.end_step()
-        self._finish()
+        self._finish(self._visit.is_kept)
         return y
 
     def resume(self, x: Tensor, p: Tensor) -> None:
@@ -240,7 +253,7 @@ class Step:
             if not trajectory.is_counted:
                 _count_memory(self._visit.run)
         self._inputs = None
-        self._finish()
+        self._finish(self._visit.is_kept)
         return self._filled_in(tokens)
 
     # --- the decision ---
@@ -397,7 +410,7 @@ class Step:
             filled[row] = tokens
         return filled
 
-    def _finish(self) -> None:
+    def _finish(self, is_kept: bool) -> None:
         decision, self._done = self._decision, True
         by_sample, records = self._rules.by_sample, self.stats.contexts[self.name]
         for sample, gate in enumerate(self._context.gates):
@@ -410,7 +423,7 @@ class Step:
             del records[: MOST_RECORDS // 2]
         if self._tokens is not None:
             self._context.note_tokens(self.where.moment, self._tokens)
-        self._context.has_history = self._visit.is_kept
+        self._context.has_history = is_kept
 
     # --- the trajectory ---
 

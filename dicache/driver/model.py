@@ -150,7 +150,7 @@ class CachedModel:
         where = self._locator.where(call.arguments, x.shape)
         call.step = Step(self.session.timeline, self.session.rules, where)
         if torch.is_grad_enabled() and needs_gradients(self.model, x):
-            self._leave_to_gradients(call)
+            self._leave_to_gradients(call, x.shape[0])
             return
         call.num_tokens = x.shape[1]
         call.x = x.clone() if self._works_in_place else x
@@ -163,13 +163,12 @@ class CachedModel:
         if step is None or x is None:  # block 0 was replaced and nobody saw x, or gradients
             return
         if p.requires_grad and torch.is_grad_enabled():  # of the text, say
-            self._leave_to_gradients(call)
+            self._leave_to_gradients(call, p.shape[0])
             return
         if call.untouched is not None:
             self._works_in_place = not call.untouched.is_true_beside(p)
             if self._works_in_place:  # x is gone; from the next step on it is copied
-                step.close()
-                call.x = None
+                self._discard(call, p.shape[0])
                 return
         self.skips = step.needs_probe and step.probe(x, p).action == "reuse"
         if step.rows is not None:
@@ -203,15 +202,20 @@ class CachedModel:
         self._install_again()
         return y
 
-    def _leave_to_gradients(self, call: Call) -> None:
-        assert call.step is not None  # opened by block 0
+    def _leave_to_gradients(self, call: Call, samples: int) -> None:
         self.session.warn(
             "gradients",
             "Gradients are recorded, and the cache has none to give, so steps are computed "
             "without it. Call the model inside torch.no_grad() or torch.inference_mode().",
         )
-        call.step.close()
+        self._discard(call, samples)
+
+    def _discard(self, call: Call, samples: int) -> None:
+        """Compute this step without keeping anything of it."""
+        assert call.step is not None  # opened by block 0
+        call.step.discard()
         call.x = None
+        self.count(len(self.block_calls), samples)
 
     def _note_unseen_blocks(self, call: Call) -> None:
         if call.step is not None:

@@ -1,0 +1,410 @@
+"""Families that users register: models of other packages, with other names and other habits.
+
+A toy model stands for all of them. It is smooth, so a reused step is known by its formula and an
+un-cached twin says what a computed one has to be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import masks
+from tiny_models import build, calls
+from torch import Tensor, nn
+
+from dicache import (
+    BlockStack,
+    DiCacheConfig,
+    ModelFamily,
+    apply_dicache,
+    get_stats,
+    register_family,
+    remove_dicache,
+)
+from dicache.adapters.diffusers.attach import cache_on
+from dicache.driver import families
+
+RULES = DiCacheConfig(schedule="CCRRCR", num_inference_steps=6)
+
+
+class Block(nn.Module):
+    """Returns (tokens, text), and calls its tokens `states`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, text: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        return states + self.linear(states).sin() + text.mean(), text
+
+
+class PlainTransformer(nn.Module):
+    """A model that knows nothing of diffusers' mixins."""
+
+    def __init__(self, block: Callable[[], nn.Module] = Block) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(block() for _ in range(4))
+
+    def forward(self, states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        text = encoder_hidden_states
+        for layer in self.layers:
+            states, text = layer(text, states=states)
+        return states
+
+
+STACK = BlockStack("layers", outputs=("states", "text"), hidden_states="states")
+PLAIN = ModelFamily("plain", "PlainTransformer", (STACK,), threshold=0.5)
+
+
+@pytest.fixture(autouse=True)
+def no_family_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "_FAMILIES", [*families._FAMILIES])
+
+
+def make(kind: Callable[[], nn.Module] = PlainTransformer) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().eval().requires_grad_(False)
+
+
+def inputs_of(num_steps: int = 6) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Tokens, timestep and text of the steps of a run."""
+    first, last = torch.randn(2, 1, 4, 8, generator=torch.Generator().manual_seed(0))
+    text = torch.ones(1, 3, 8)
+    shares = torch.linspace(0, 1, num_steps)
+    return [
+        ((1 - share) * first + share * last, torch.tensor([float(num_steps - index)]), text)
+        for index, share in enumerate(shares)
+    ]
+
+
+def run(model: nn.Module, num_steps: int = 6) -> list[Tensor]:
+    return [
+        model(*(each.clone() for each in given[:2]), given[2]) for given in inputs_of(num_steps)
+    ]
+
+
+@contextlib.contextmanager
+def told(match: str) -> Iterator[None]:
+    """Exactly one warning is given, and it says this."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    messages = [str(each.message) for each in caught]
+    assert len(messages) == 1, messages
+    assert match in messages[0]
+
+
+# --- the row -------------------------------------------------------------------------------------
+
+
+def test_a_family_of_the_users_own() -> None:
+    register_family(PLAIN)
+    model, prompt = make(), torch.randn(1, 3, 8)
+    apply_dicache(model, DiCacheConfig(schedule="CR"))
+    first, second = torch.randn(2, 1, 4, 8)
+    y = model(first, torch.tensor(1.0), prompt)
+    reused = model(second, torch.tensor(0.5), encoder_hidden_states=prompt)
+    assert torch.allclose(reused, second + (y - first), atol=1e-6)  # one entry: y = x + r_new
+    assert get_stats(model).block_calls == 4 + 1
+    remove_dicache(model)
+    assert not torch.allclose(model(second, torch.tensor(0.5), prompt), reused)
+
+
+def test_a_family_is_registered_once() -> None:
+    register_family(PLAIN)
+    with pytest.raises(ValueError, match="registered already.*another package.*module"):
+        register_family(PLAIN)
+
+
+def test_a_family_needs_its_blocks() -> None:
+    register_family(PLAIN)
+    model = make()
+    del model.layers
+    with pytest.raises(ValueError, match="no block list 'layers'"):
+        apply_dicache(model)
+
+
+def test_the_default_rules_take_the_rows_alignment_threshold() -> None:
+    register_family(
+        ModelFamily("plain", "PlainTransformer", (STACK,), 0.5, alignment_threshold=0.03)
+    )
+    for rules, expected in (
+        (DiCacheConfig(), 0.03),
+        (DiCacheConfig(error="delta_y", alignment="l1"), 0.5),
+        (DiCacheConfig(threshold=0.2), 0.2),
+    ):
+        model = make()
+        apply_dicache(model, rules)
+        cache = cache_on(model)
+        assert cache is not None and cache.session.config.threshold == expected
+
+
+# --- classes and modules -------------------------------------------------------------------------
+
+
+def test_rows_for_classes_of_one_name_are_told_apart_by_module() -> None:
+    for name, module in (("any", None), ("ours", "engine"), ("its part", "engine.models")):
+        register_family(ModelFamily(name, "Transformer", (STACK,), 0.5, module=module))
+    for module, expected in (
+        ("engine.models.video", "its part"),
+        ("engine.other", "ours"),
+        ("engine", "ours"),
+        ("engines", "any"),
+        ("elsewhere", "any"),
+    ):
+        kind = type("Transformer", (nn.Module,), {"__module__": module})
+        found = families.find_family(kind())
+        assert found is not None and found.name == expected
+
+
+def test_a_subclass_has_its_base_classes_row() -> None:
+    register_family(PLAIN)
+    model = make(type("MyOwn", (PlainTransformer,), {}))
+    apply_dicache(model, RULES)
+    run(model)
+    assert masks(model) == {"branch0": "CCRRCR"}
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_a_foreign_class_with_the_name_of_a_known_one_is_not_taken_for_it(name: str) -> None:
+    kind = type(name, (PlainTransformer,), {"__module__": "somebody.elses"})
+    with pytest.raises(ValueError, match=f"does not support {name}.*register_family"):
+        apply_dicache(make(kind))
+
+
+# --- names of arguments --------------------------------------------------------------------------
+
+
+class Renamed(PlainTransformer):
+    """Takes (hidden, sigma, prompt)."""
+
+    def forward(self, states: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(states, sigma, prompt)
+
+
+def renamed(**names: Any) -> ModelFamily:
+    return ModelFamily("renamed", "Renamed", (STACK,), threshold=0.5, **names)
+
+
+def test_named_arguments_tell_everything() -> None:
+    register_family(renamed(timestep="sigma", text="prompt"))
+    model = make(Renamed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_dicache(model, RULES)
+        for _ in range(2):
+            run(model)
+            assert masks(model) == {"branch0": "CCRRCR"}
+
+
+def test_a_wrong_name_of_the_timestep_is_told_and_computed() -> None:
+    register_family(renamed(text="prompt"))
+    model, plain = make(Renamed), run(make(Renamed))
+    with told("forward has no argument 'timestep', so new runs cannot be told"):
+        apply_dicache(model, RULES)
+    with told("Nobody can tell which branch"):
+        outputs = run(model)
+    assert all(torch.equal(*pair) for pair in zip(outputs, plain, strict=True))
+
+
+def test_a_wrong_name_of_the_text_is_told_and_computed() -> None:
+    register_family(renamed(timestep="sigma"))
+    model, plain = make(Renamed), run(make(Renamed))
+    with told("'encoder_hidden_states', so branches of guidance cannot be told apart"):
+        apply_dicache(model, RULES)
+    with told("Nobody can tell which branch"):
+        outputs = run(model)
+    assert all(torch.equal(*pair) for pair in zip(outputs, plain, strict=True))
+
+
+def test_a_model_without_text_says_so_and_has_one_branch() -> None:
+    register_family(renamed(timestep="sigma", text=None))
+    model = make(Renamed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_dicache(model, RULES)
+        run(model)
+    assert masks(model) == {"branch0": "CCRRCR"}
+
+
+def test_a_model_without_timestep_is_computed_where_nothing_else_tells_the_steps() -> None:
+    register_family(renamed(timestep=None, text="prompt"))
+    model, plain = make(Renamed), run(make(Renamed))
+    apply_dicache(model, RULES)
+    with told("Nobody can tell"):
+        outputs = run(model)
+    assert all(torch.equal(*pair) for pair in zip(outputs, plain, strict=True))
+
+
+class TakesAnything(PlainTransformer):
+    def forward(self, states: Tensor, *rest: Tensor, **others: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(states, others["timestep"], others["encoder_hidden_states"])
+
+
+def test_a_forward_that_takes_anything_is_believed() -> None:
+    register_family(ModelFamily("any", "TakesAnything", (STACK,), threshold=0.5))
+    model = make(TakesAnything)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_dicache(model, RULES)
+        for states, timestep, text in inputs_of():
+            model(states, timestep=timestep, encoder_hidden_states=text)
+    assert masks(model) == {"branch0": "CCRRCR"}
+
+
+# --- what blocks return --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outputs", [("states", "text", "audio"), ("states", "routing")])
+def test_a_second_stream_is_refused_unless_nobody_reads_it(outputs: tuple[str, ...]) -> None:
+    stream = outputs[-1]
+    stack = BlockStack("layers", outputs=outputs, hidden_states="states")
+    with pytest.raises(ValueError, match=f"return {stream!r} beside the image tokens.*unread"):
+        ModelFamily("plain", "PlainTransformer", (stack,), threshold=0.5)
+    ModelFamily("plain", "PlainTransformer", (stack,), 0.5, unread=("text", stream))
+
+
+def test_blocks_have_to_return_the_tokens() -> None:
+    with pytest.raises(ValueError, match="Expected 'hidden_states' among them"):
+        ModelFamily("plain", "Plain", (BlockStack("layers", outputs=("text",)),), threshold=0.5)
+
+
+def test_a_family_has_blocks() -> None:
+    with pytest.raises(ValueError, match="has no stacks"):
+        ModelFamily("plain", "Plain", (), threshold=0.5)
+
+
+# --- blocks that write into their input ----------------------------------------------------------
+
+
+class Adds(Block):
+    """Returns the very tensor that it was given."""
+
+    def forward(self, text: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        states += self.linear(states).sin()
+        return states, text
+
+
+class AddsToView(Block):
+    """Returns a view of the tensor that it was given."""
+
+    def forward(self, text: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        flat = states.view(-1, 8)
+        flat.add_(self.linear(flat).sin())
+        return flat.view(states.shape), text
+
+
+class Spoils(Block):
+    """Returns a new tensor, and leaves something else in the one that it was given."""
+
+    def forward(self, text: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        output = states + self.linear(states).sin()
+        states.zero_()
+        return output, text
+
+
+MODES = {
+    "plain": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("block", [Adds, AddsToView, Spoils])
+def test_blocks_that_write_into_their_input_give_the_same_as_those_that_do_not(
+    block: type[Block], depth: int, mode: Any
+) -> None:
+    register_family(PLAIN)
+    outputs = {}
+    rules = DiCacheConfig(schedule="CCCRRCR", probe_depth=depth, num_inference_steps=7)
+
+    class Clean(Block):
+        def forward(self, text: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+            return block.forward(self, text, states.clone())
+
+    for kind in (block, Clean):
+        torch.manual_seed(0)
+        model = PlainTransformer(kind).requires_grad_(False)
+        apply_dicache(model, rules)
+        with mode():
+            outputs[kind] = run(model, 7)
+        assert masks(model) == {"branch0": "CCCRRCR"}
+    for written, clean in zip(outputs[block], outputs[Clean], strict=True):
+        assert torch.allclose(written, clean, atol=1e-6)
+
+
+def test_of_such_blocks_the_very_first_step_is_not_kept() -> None:
+    """Its tokens x are gone before that is known; no other step is lost, nor one of a later run."""
+    register_family(PLAIN)
+    model = make(lambda: PlainTransformer(Adds))
+    apply_dicache(model, DiCacheConfig(schedule="CRRRRR", num_inference_steps=6))
+    run(model)
+    assert masks(model) == {"branch0": "CCRRRR"}
+    assert get_stats(model).block_calls == 2 * 4 + 4 * 1
+    run(model)
+    assert masks(model) == {"branch0": "CRRRRR"}
+
+
+# --- wrappers ------------------------------------------------------------------------------------
+
+
+class FullyShardedDataParallel(nn.Module):
+    """As torch's looks from outside: the block under another name, and a call without names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fsdp_wrapped_module(*args, **kwargs)
+
+
+class CheckpointWrapper(FullyShardedDataParallel):
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self._checkpoint_wrapped_module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._checkpoint_wrapped_module(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        FullyShardedDataParallel,
+        CheckpointWrapper,
+        lambda block: FullyShardedDataParallel(CheckpointWrapper(block)),
+    ],
+    ids=["fsdp", "checkpoint", "both"],
+)
+def test_blocks_in_wrappers_are_looked_through(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    register_family(PLAIN)
+    outputs = []
+    for change in (lambda block: block, wrap):
+        model = make()
+        for index, block in enumerate(model.layers):
+            model.layers[index] = change(block)
+        apply_dicache(model, RULES)
+        outputs.append(run(model))
+        assert masks(model) == {"branch0": "CCRRCR"}
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+
+
+def test_wrapped_blocks_of_a_known_family() -> None:
+    outputs = []
+    for wrap in (lambda block: block, FullyShardedDataParallel):
+        model = build("flux")
+        for blocks in (model.transformer_blocks, model.single_transformer_blocks):
+            for index, block in enumerate(blocks):
+                blocks[index] = wrap(block)
+        apply_dicache(model, RULES)
+        outputs.append([model(**inputs)[0] for inputs in calls("flux", 6)])
+        assert masks(model) == {"branch0": "CCRRCR"}
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
