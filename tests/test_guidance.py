@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import pipeline, run
+from helpers import mask
+from tiny_pipelines import PIPELINES, pipeline, run
 from torch import Tensor
 
 from dicache import (
@@ -21,7 +22,6 @@ from dicache import (
 )
 
 NUM_STEPS = 16
-LETTERS = {"compute": "C", "resume": "c", "reuse": "R"}
 
 
 def session_with(cfg: str, **changes: Any) -> DiCacheSession:
@@ -58,7 +58,7 @@ def step(session: DiCacheSession, name: str, index: int, values: tuple[Tensor, .
 
 
 def schedule(records: list[Any], sample: int | None = None) -> str:
-    return "".join(LETTERS[r.action] for r in records if sample is None or r.sample == sample)
+    return mask(r for r in records if sample is None or r.sample == sample)
 
 
 def drive(session: DiCacheSession, jumps: dict[str, float]) -> dict[str, str]:
@@ -175,3 +175,85 @@ def test_wan_pipeline(cfg: str) -> None:
     assert "R" in cond and "c" in cond
     if cfg == "shared":
         assert cond == uncond
+
+
+# --- both branches in one batch, from the pipeline down ------------------------------------------
+
+PAIRED = ("ltx", "cogvideox", "mochi")
+
+
+def records_of(name: str, batch: int, threshold: float, cfg: str, **changes: Any) -> list[Any]:
+    """Those of the samples of a pipeline's run, under rules that decide for each."""
+    arguments = {
+        key: torch.cat([value + shift for shift in range(batch)])
+        for key, value in PIPELINES[name].arguments().items()
+        if key.endswith("prompt_embeds")
+    } | {
+        key: torch.cat([value] * batch)
+        for key, value in PIPELINES[name].arguments().items()
+        if key.endswith("attention_mask")
+    }
+    pipe = pipeline(name)
+    rules = {"threshold": threshold, "retention_ratio": 0.0, "compute_last_step": False}
+    apply_dicache(pipe, DiCacheConfig(cfg=cfg, granularity="sample", **rules))
+    run(name, pipe, num_steps=8, **arguments, **changes)
+    records = [*get_stats(pipe)["transformer"].records()]
+    samples = range(max(record.sample for record in records) + 1)
+    return [[record for record in records if record.sample == sample] for sample in samples]
+
+
+def threshold_between(name: str, batch: int, pair: tuple[int, int], **changes: Any) -> float:
+    """One between the errors of two samples at the first step that is judged."""
+    records = records_of(name, batch, 0.0, "independent", **changes)
+    low, high = sorted(records[sample][1].error for sample in pair)
+    assert low < high
+    return (low + high) / 2
+
+
+def actions_at(step: int, records: list[Any]) -> list[str]:
+    return [of_sample[step].action for of_sample in records]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", PAIRED)
+def test_branches_in_one_batch_of_a_pipeline_decide_together(name: str, batch: int) -> None:
+    """[uncond, cond]: sample b and b + B / 2 are of one picture."""
+    for picture in range(batch):
+        pair = (picture, picture + batch)
+        threshold = threshold_between(name, batch, pair)
+        apart = records_of(name, batch, threshold, "independent")
+        assert {apart[sample][1].action for sample in pair} == {"reuse", "resume"}
+        shared = records_of(name, batch, threshold, "shared")
+        assert len(shared) == 2 * batch
+        assert shared[pair[0]][1].error == pytest.approx(
+            sum(apart[sample][1].error for sample in pair) / 2
+        )
+        for step in range(8):
+            assert shared[pair[0]][step].action == shared[pair[1]][step].action
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_batch_without_guidance_is_no_pair_though_pipelines_call_it_so(name: str) -> None:
+    """Its two samples are two pictures."""
+    changes = {"guidance_scale": 1.0}
+    threshold = threshold_between(name, 2, (0, 1), **changes)
+    apart = records_of(name, 2, threshold, "independent", **changes)
+    shared = records_of(name, 2, threshold, "shared", **changes)
+    assert len(shared) == 2 and set(actions_at(1, apart)) == {"reuse", "resume"}
+    assert [actions_at(step, apart) for step in range(8)] == [
+        actions_at(step, shared) for step in range(8)
+    ]
+
+
+@pytest.mark.parametrize("leaders", [(0,), (0, 1, 2), (0, 2), (1, 0), (-1, 0)])
+def test_leaders_that_cannot_be_are_refused(leaders: tuple[int, ...]) -> None:
+    session = session_with("shared", granularity="sample", threshold=math.inf)
+    for index in range(2):
+        x, p, y = branch(index, 0.01, batch=2)
+        where = Where("cond", timestep=1 - index / NUM_STEPS, leaders=leaders, num_steps=NUM_STEPS)
+        with session.step(where) as opened:
+            if not opened.needs_probe:
+                opened.record(x, p, y)
+                continue
+            with pytest.raises(ValueError, match="leaders is .* in a batch of 2. Expected one"):
+                opened.probe(x, p)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tiny_models import build, calls
 from tiny_pipelines import pipeline, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dicache
 from dicache import DiCacheConfig, apply_dicache, get_stats
 from dicache.adapters.diffusers import locate, schedule
 from dicache.core import session
@@ -56,6 +58,72 @@ def test_a_pipelines_step_waits_for_its_decision_and_nothing_else(kind, monkeypa
         # Where a run begins, its timesteps and the first value that the model is given are read.
         assert len(waits) == stats.num_reused + stats.num_resumed + 1
         assert reads.count(True) == 1
+
+
+# What reads a tensor on the host, and on a GPU waits for it.
+HOST_READS = [
+    *((torch, name) for name in ("allclose", "equal", "is_nonzero", "nonzero", "unique")),
+    (torch.Tensor, "__array__"),
+    (torch.Tensor, "__bool__"),
+    (torch.Tensor, "__complex__"),
+    (torch.Tensor, "__contains__"),
+    (torch.Tensor, "__float__"),
+    (torch.Tensor, "__index__"),
+    (torch.Tensor, "__int__"),
+    (torch.Tensor, "__iter__"),
+    (torch.Tensor, "allclose"),
+    (torch.Tensor, "cpu"),
+    (torch.Tensor, "equal"),
+    (torch.Tensor, "is_nonzero"),
+    (torch.Tensor, "item"),
+    (torch.Tensor, "nonzero"),
+    (torch.Tensor, "numpy"),
+    (torch.Tensor, "to"),
+    (torch.Tensor, "tolist"),
+    (torch.Tensor, "type"),
+    (torch.Tensor, "unique"),
+]
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("error", ["weighted_alignment", "delta_y"])
+@pytest.mark.parametrize("kind", ["flux", "flux-true-guidance", "wan", "cogvideox"])
+def test_nothing_in_the_package_reads_a_tensor_but_the_readback(
+    kind: str, error: str, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by who asks: whatever the package does with a tensor on the host goes by one door."""
+    package = str(Path(dicache.__file__).parent)
+    door, elsewhere = [0], []
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            if name == "to" and "cpu" not in map(str, (*args, *kwargs.values())):
+                return original(tensor, *args, **kwargs)
+            frame = sys._getframe(1)
+            while "torch" in Path(frame.f_code.co_filename).parts and frame.f_back is not None:
+                frame = frame.f_back  # of a method that calls another
+            path = frame.f_code.co_filename
+            if path.endswith("core/readback.py"):
+                door[0] += 1
+            elif path.startswith(package):
+                elsewhere.append(f"{name} in {path}:{frame.f_lineno}")
+            return original(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    alignment = "l1" if error == "delta_y" else "least_squares"
+    rules = {"error": error, "alignment": alignment, "granularity": granularity}
+    pipe = pipeline(kind)
+    apply_dicache(pipe, DiCacheConfig(threshold=math.inf, retention_ratio=0.2, **rules))
+    run(kind, pipe, num_steps=8)  # what is learned of a model is learned once
+    for owner, name in HOST_READS:
+        watch(owner, name)
+    run(kind, pipe, num_steps=8)
+    assert not elsewhere
+    assert get_stats(pipe)["transformer"].num_reused > 0
+    assert door[0] > 0  # the watch works
 
 
 @pytest.mark.parametrize("config", [NEVER, PUBLISHED], ids=["default", "published"])

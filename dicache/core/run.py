@@ -317,6 +317,7 @@ _OTHER_NUMBER_OF_CALLS = (
     "changed, so it cannot be told which is which. They are computed until their number stays."
 )
 _TOO_MANY = (
-    f"The transformer is called more than {MOST_BRANCHES} times a step, or with more prompts than "
-    f"that. Only so many have a history of their own; the others are computed."
+    f"The transformer is called more than {MOST_BRANCHES} times a step (calls at one timestep are "
+    f"one step), or with more prompts than that. Only so many have a history of their own; the "
+    f"others are computed."
 )

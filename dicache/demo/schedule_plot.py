@@ -16,18 +16,13 @@ from matplotlib.patches import Patch
 
 from dicache import DiCacheConfig, StepRecord
 from dicache.demo.runner import CacheReport, Run
+from dicache.error_rules import ERROR_RULES
 
 ACTION_COLORS = {"compute": "#9aa0a6", "resume": "#e8820c", "reuse": "#1f77b4"}
 _ACTION_TEXTS = {
     "compute": "computed: all blocks, gate not asked",
     "resume": "resumed: probe, then the remaining blocks",
     "reuse": "reused: probe only",
-}
-_ERROR_TEXTS = {
-    "alignment": r"misfit of the trajectory  $\|a-\gamma d\| \,/\, \|q\|$",
-    "weighted_alignment": r"misfit $\|a-\gamma d\| \,/\, \|p\|$ x relative step size",
-    "delta_y": r"change of the probe  $\delta_y$",
-    "delta_minus": r"change of the probe beyond the input's  $|\delta_y-\delta_x|$",
 }
 _STRIP = 0.07  # height of the colour strip, as a share of its panel
 
@@ -128,7 +123,7 @@ def _draw_actions(panel: Any, records: list[StepRecord]) -> None:
 
 def _label_columns(panels: Any, report: CacheReport) -> None:
     titles = (
-        f"error of the step\n{_ERROR_TEXTS[report.config.error]}",
+        f"error of the step\n{ERROR_RULES[report.config.error].text}",
         "accumulated error since the last computed step\nreused while below the threshold",
         "gamma of reused steps\n1 repeats the newest residual, more extrapolates",
     )

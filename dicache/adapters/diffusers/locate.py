@@ -125,8 +125,7 @@ class DiffusersLocator:
         """In a batch of [unconditional, conditional] samples the first half decides for both."""
         if context != _BRANCHES_IN_BATCH or layout is None or layout[0] % 2:
             return None
-        pipeline = None if self.schedule is None else self.schedule.pipeline
-        if not getattr(pipeline, "do_classifier_free_guidance", False):
+        if not _is_guided(None if self.schedule is None else self.schedule.pipeline):
             return None
         return (*range(layout[0] // 2), *range(layout[0] // 2))
 
@@ -137,6 +136,14 @@ class DiffusersLocator:
         while isinstance(text, (list, tuple)) and text:
             text = text[0]
         return text if isinstance(text, Tensor) else _NO_TEXT
+
+
+def _is_guided(pipeline: Any) -> bool:
+    """Whether a pipeline's batch holds both branches of guidance, in the call that runs."""
+    known = getattr(pipeline, "do_classifier_free_guidance", None)
+    if known is None:  # CogVideoX only says how strong its guidance is
+        known = (getattr(pipeline, "guidance_scale", None) or 0.0) > 1.0
+    return bool(known)
 
 
 def _known(name: str | None, parameters: frozenset[str] | None) -> str | None:
