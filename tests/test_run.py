@@ -26,15 +26,10 @@ class Notes:
         self.visits: list[Visit[str]] = []
 
     def __call__(self, *calls: Where) -> list[int]:
-        """The number of the run that each of the calls belongs to, in order of appearance."""
+        """The number of the run that each call so far belongs to, in order of appearance."""
         self.visits += [self.timeline.visit(call) for call in calls]
-        runs: list[int] = []
-        for visit in self.visits:
-            runs.append(runs[-1] if runs else 0)
-            before = [each.run for each in self.visits[: len(runs) - 1]]
-            known = [k for k, run in zip(runs, before, strict=False) if run is visit.run]
-            runs[-1] = known[0] if known else len({id(run) for run in before})
-        return runs
+        numbers: dict[int, int] = {}
+        return [numbers.setdefault(id(visit.run), len(numbers)) for visit in self.visits]
 
     @property
     def steps(self) -> list[int]:
@@ -128,13 +123,38 @@ def test_the_direction_is_learned_once_and_learned_back() -> None:
     notes, up, down = Notes(num_steps=6), range(1, 7), range(6, 0, -1)
     notes(*times(*up))
     assert notes(*times(*up))[6:] == [3] * 6  # the next inversion: no step is missed
-    assert notes(*times(*down))[12:] == [3, 4, 5, 5, 5, 5]  # begins with the same timestep
-    assert notes.steps[14:18] == [2, 3, 4, 5]
-    assert notes(*times(*down))[18:] == [6] * 6
+    assert notes(*times(*down))[12:] == [4, 5, 6, 6, 6, 6]  # begins where that one ended
+    assert notes.steps[14:18] == [2, 3, 4, 5] and notes.visits[17].is_last
+    assert notes(*times(*down))[18:] == [7] * 6
 
 
 def test_a_family_whose_timesteps_rise_loses_none() -> None:
     assert Notes(ascending_timesteps=True)(*times(1, 2, 3)) == [0, 0, 0]
+
+
+def test_an_announced_run_has_a_clock_from_its_first_timestep_on() -> None:
+    calls = [Where(timestep=9, moment=9, begins=True), *times(10, 9)]
+    assert Notes()(*calls) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("in_a_row", [2, 3, 7])
+@pytest.mark.parametrize("offset", [2, 9, 20])
+def test_requests_that_take_turns_of_several_steps_are_never_taken_for_one(
+    offset: int, in_a_row: int
+) -> None:
+    """And share a prompt: the first step of a turn never has the other one's history."""
+    notes, grid = Notes(), [*range(60, 0, -1)]
+    notes(*times(*grid[:offset]))
+    position = [offset, 0]
+    while max(position) + in_a_row < 60:
+        for request in (1, 0):
+            turn = grid[position[request] : position[request] + in_a_row]
+            position[request] += in_a_row
+            begun = len(notes.visits)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                notes(*times(*turn))
+            assert notes.visits[begun].index == 0 or not notes.visits[begun].is_settled
 
 
 @pytest.mark.parametrize("offset", [2, 3, 5])  # by 1 they are in lockstep
@@ -156,8 +176,38 @@ def test_requests_that_take_turns_are_never_taken_for_one(offset: int) -> None:
 def test_a_run_that_goes_on_after_turns_is_trusted_again() -> None:
     notes = Notes(num_steps=12)
     with pytest.warns(DiCacheWarning, match="take turns"):
-        notes(*times(9, 8, 9, 8, 9, 8, 9, 8, 7, 6, 5, 4))
-    assert notes.visits[-1].is_settled and notes.visits[-1].index == 5
+        notes(*times(12, 11, 12, 10, 11, 9, 10, 8, 9, 8, 7, 6, 5, 4))
+    assert notes.steps[-6:] == [0, 1, 2, 3, 4, 5]
+    assert [visit.is_settled for visit in notes.visits[-6:]] == [False] * 4 + [True] * 2
+
+
+RUNS = [
+    [*range(1000, 0, -50)],
+    [1000 - 1000 / 30 * k for k in range(30)],
+    [1000, 750, 500, 250],
+    [1000 * 5 * s / (1 + 4 * s) for s in (1 - k / 25 for k in range(25))],  # shifted by 5
+    [1000 * s**2 for s in (1 - k / 12 for k in range(12))],
+]
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+@pytest.mark.parametrize("first", RUNS)
+@pytest.mark.parametrize("second", RUNS)
+def test_runs_of_other_lengths_and_timesteps_may_follow_each_other(
+    first: list[float], second: list[float], is_told: bool
+) -> None:
+    """A run that is over was not broken off where it ended."""
+    notes = Notes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for timesteps in (first, second, first, second):
+            begun = len(notes.visits)
+            num_steps = len(timesteps) if is_told else None
+            notes(*times(*timesteps, num_steps=num_steps))
+            visits = notes.visits[begun:]
+            assert [visit.index for visit in visits] == [*range(len(timesteps))]
+            # Where nobody says the length, a run that ended where this one comes by may go on.
+            assert sum(not visit.is_settled for visit in visits) <= (0 if is_told else 1)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
@@ -206,18 +256,22 @@ def test_a_branch_that_begins_late_has_the_runs_last_step_all_the_same() -> None
 
 def test_callers_with_keys_have_their_runs_side_by_side() -> None:
     notes = Notes(num_steps=9)
-    calls = [Where("cond", run=key, timestep=t) for t in (9, 8, 7) for key in ("a", "b")]
+    calls = [Where("cond", run=key, timestep=t) for t in (9, 8, 7) for key in ("b", "a")]
     assert notes(*calls) == [0, 1, 0, 1, 0, 1]
     assert notes.steps == [0, 0, 1, 1, 2, 2]
+    ended = notes.visits[-1].run
     notes.timeline.end("a")
-    assert notes(*(Where("cond", run=key, timestep=6) for key in ("a", "b")))[6:] == [2, 1]
+    assert not [*ended.branches]  # what they keep is free, though it was called last
+    assert notes(*(Where("cond", run=key, timestep=6) for key in ("a", "b")))[6:] == [2, 0]
 
 
 def test_runs_with_keys_that_nobody_ended_are_bounded() -> None:
     notes = Notes(num_steps=9)
-    notes(*(Where("cond", run=key) for key in range(1000)))
+    for key in range(1000):
+        notes.timeline.visit(Where("cond", run=key))
+        active = notes.timeline.visit(Where("cond", run="active", num_steps=2000))
     assert len(notes.timeline._runs) <= 64
-    assert notes(Where("cond", run=999))[-1] == 999  # the newest are kept
+    assert active.index == 999  # the one that is called is kept, whenever it began
 
 
 def test_calls_of_which_nobody_can_tell_the_branch_are_told_once() -> None:

@@ -90,6 +90,10 @@ class Group(Generic[State]):
         """Whether nobody has the prompt any more."""
         return self.ref is not None and self.ref() is None
 
+    def was_called_in(self, moment: Hashable) -> bool:
+        """Whether all its calls of this moment were made, as many as in the moment before."""
+        return moment == self.moment and self._calls >= self._counts[1]
+
     def next_branch(self, moment: Hashable) -> Branch[State] | None:
         """The branch of a call in this moment; `None` if its step never had so many calls."""
         branches, place = self.branches, 0

@@ -22,9 +22,11 @@ from .where import Where
 
 UNTOLD = "untold"  # in the statistics, calls of which nobody could tell the branch
 
-_MOST_RUNS = 64  # that callers with keys have at a time; the one that rested longest is dropped
+_MOST_RUNS = 64  # that callers with keys have at a time; the one that rested longest goes
 _FEW_MOMENTS = 4  # runs that end within them, one after another, look like requests in turns
+_TURNS = 2  # of them make their histories doubtful; one more is worth a word
 _TIMESTEP_WENT_BACK, _OTHER_REQUEST = "its timestep went back", "of another request"
+_OTHER_DIRECTION = "its timesteps go the other way"
 
 
 @dataclass(slots=True)
@@ -78,6 +80,7 @@ class Timeline(Generic[State]):
         self._runs: dict[Hashable, Run[State]] = {}
         self._clock = Clock(ascending_timesteps)
         self._restless = 0  # runs in a row that ended within their first moments
+        self._told_of_turns = False
         self.run: Run[State] = Run(num_steps)
 
     def visit(self, where: Where) -> Visit[State]:
@@ -94,20 +97,23 @@ class Timeline(Generic[State]):
         goes_back = is_timed and self._clock.goes_back(where.timestep)
         run = self._runs.get(where.run)
         if run is None:
-            return self._visit(self._begin(None, where, steps, 0), where, None)
+            return self._begin(None, where, steps, 0)
         group = run.branches.find(where)
         cause = self._ends(run, where, steps, goes_back, group)
         if cause is None:
-            self.run = run
-            return self._visit(run, where, group)
-        self._note_the_end(run, cause)
-        missed = self._clock.missed if cause is _TIMESTEP_WENT_BACK else 0
-        return self._visit(self._begin(run, where, steps, missed), where, None)
+            return self._go_on(run, where, group)
+        self._note_the_end(run, cause, where)
+        if is_timed and cause not in (_TIMESTEP_WENT_BACK, _OTHER_DIRECTION):
+            self._clock.begin(where.timestep)
+        missed = self._clock.missed if cause is _OTHER_DIRECTION else 0
+        return self._begin(run, where, steps, missed)
 
-    def restart(self, where: Where) -> Visit[State]:
-        """A call turned out to be the first one of a new run, though nothing had said so."""
-        self._note_the_end(self.run, _OTHER_REQUEST)
-        return self._visit(self._begin(self.run, where, self.run.num_steps, 0), where, None)
+    def restart(self, run: Run[State], where: Where) -> Visit[State]:
+        """A call of this run turned out to be the first one of a new one: nothing had said so."""
+        self._note_the_end(run, _OTHER_REQUEST, where)
+        if where.position is None and where.run is None:
+            self._clock.begin(where.timestep)
+        return self._begin(run, where, run.num_steps, 0)
 
     def forget(self, name: str) -> None:
         """Free what is kept for the branch of this name."""
@@ -115,14 +121,16 @@ class Timeline(Generic[State]):
 
     def end(self, key: Hashable) -> None:
         """Free what is kept for the run with this key, if there is any."""
-        self._runs.pop(key, None)
+        run = self._runs.pop(key, None)
+        if run is not None:
+            run.branches.clear()
 
     def reset(self) -> None:
         """Free what is kept for all runs; the next call begins one."""
         self._runs.clear()
         self.run.branches.clear()
-        self._clock.reset()
-        self._restless = 0
+        self._clock.begin(None)
+        self._restless, self._told_of_turns = 0, False
 
     def _ends(
         self,
@@ -134,7 +142,6 @@ class Timeline(Generic[State]):
     ) -> str | None:
         """Why a call begins a new run; `None` if it goes on with the one that is known."""
         if where.begins:
-            self._clock.reset()
             return "announced"
         if steps != run.num_steps:
             return "another number of steps"
@@ -144,7 +151,7 @@ class Timeline(Generic[State]):
             if where.position < run.position:
                 return "its position went back"
         elif goes_back:
-            return _TIMESTEP_WENT_BACK
+            return _OTHER_DIRECTION if self._clock.missed else _TIMESTEP_WENT_BACK
         if where.moment is None:
             return None
         if group is not None and group.layout != where.layout:
@@ -152,29 +159,43 @@ class Timeline(Generic[State]):
         is_another = where.moment == run.moment and run.is_of_another_request(where, group)
         return _OTHER_REQUEST if is_another else None
 
-    def _note_the_end(self, ended: Run[State], cause: str) -> None:
-        """Count runs that are given up early, one after another, without anybody saying so."""
-        is_odd = cause in (_TIMESTEP_WENT_BACK, _OTHER_REQUEST) and ended.had_few_steps
-        self._restless = self._restless + 1 if is_odd else 0
+    def _note_the_end(self, ended: Run[State], cause: str, where: Where) -> None:
+        """Count runs that are given up early, one after another, without anybody saying so.
+
+        One that begins where the last one did is likely to be just one more short run.
+        """
+        if cause not in (_TIMESTEP_WENT_BACK, _OTHER_REQUEST) or not ended.had_few_steps:
+            self._restless, self._told_of_turns = 0, False
+        elif ended.first_moment != _moment_of(where):
+            self._restless += 1
 
     def _begin(
         self, ended: Run[State] | None, where: Where, steps: int | None, missed: int
-    ) -> Run[State]:
+    ) -> Visit[State]:
         self._runs.pop(where.run, None)
         if len(self._runs) >= _MOST_RUNS:
-            del self._runs[next(iter(self._runs))]
+            self.end(next(iter(self._runs)))
         first = where.timestep if where.first_timestep is None else where.first_timestep
         run: Run[State] = Run(steps, first, missed)
         if ended is not None and where.moment is not None and ended.moment == where.moment:
             run.branches.displace(ended.branches)
-        self.run = self._runs[where.run] = run
-        return run
+        return self._go_on(run, where, None)
+
+    def _go_on(self, run: Run[State], where: Where, group: Group[State] | None) -> Visit[State]:
+        """The run of a call is now the one that rested least."""
+        self.run = run
+        if where.run is not None:
+            self._runs.pop(where.run, None)
+        self._runs[where.run] = run
+        return self._visit(run, where, group)
 
     def _visit(self, run: Run[State], where: Where, group: Group[State] | None) -> Visit[State]:
-        moment = where.timestep if where.moment is None else where.moment
+        moment = _moment_of(where)
         if moment != run.moment or run.moments == run.missed:
             run.moments += 1
             run.moment = moment
+            if run.moments == run.missed + 1:
+                run.first_moment = moment
         if where.position is not None:
             run.position = where.position
         if group is None:
@@ -186,11 +207,13 @@ class Timeline(Generic[State]):
             return Visit(run, None, run.next_untold(where))
         if group.changes > 2:  # fewer are a part of a run with other guidance than the rest
             run.warn("calls", _OTHER_NUMBER_OF_CALLS)
-        is_settled, index = branch.is_settled, branch.next_step
+        is_settled = branch.is_settled and not (where.position is None and self._clock.is_uncertain)
+        index = branch.next_step
         branch.next_step = index + 1
-        if self._restless > 1 and run.moments - run.missed <= self._restless:
+        if self._restless >= _TURNS and run.moments - run.missed <= _FEW_MOMENTS:
             is_settled = False
-            if self._restless == 3:  # once, until runs go on again
+            if self._restless > _TURNS and not self._told_of_turns:
+                self._told_of_turns = True
                 run.warn("turns", _TAKING_TURNS)
         is_last = where.is_last
         if is_last is None:
@@ -210,6 +233,7 @@ class Run(Generic[State]):
         first_timestep: Where it began.
         missed: Steps that were over before it was known to be one run.
         moments: Steps so far, the missed ones included.
+        first_moment: Of its first call.
         moment, position: Of the last call.
         branches: Those of its calls.
         stats: What it did.
@@ -220,6 +244,7 @@ class Run(Generic[State]):
     ) -> None:
         self.num_steps, self.first_timestep, self.missed = num_steps, first_timestep, missed
         self.moments = missed
+        self.first_moment: Hashable = None
         self.moment: Hashable = None
         self.position: int | None = None
         self.branches: Branches[State] = Branches(missed)
@@ -250,15 +275,15 @@ class Run(Generic[State]):
         It looks like one more branch of it, or like one more call of a branch, and is the first
         one of a run that begins where this one was given up.
         """
-        if self.num_steps == 1 and group is not None and group.moment == where.moment:
-            return True
+        is_over = self.num_steps is not None and self.moments >= self.num_steps
+        if group is not None:
+            return is_over and group.was_called_in(where.moment)
         others = self.branches.groups(where.context)
-        if group is not None or not others:
+        if not others:
             return False
         if where.context is not None:
             is_first_moment = self.moments - self.missed == 1
             return is_first_moment and others[0].moment == where.moment
-        is_over = self.num_steps is not None and self.moments >= self.num_steps
         return all(other.is_gone for other in others) or (is_over and len(others) >= 4)
 
     @property
@@ -284,6 +309,10 @@ class Run(Generic[State]):
             self.warn("branches", _TOO_MANY)
         self._num_untold += 1
         return self._num_untold - 1
+
+
+def _moment_of(where: Where) -> Hashable:
+    return where.timestep if where.moment is None else where.moment
 
 
 def _size(run: Run[State], previous: float | None, now: float | None) -> float:

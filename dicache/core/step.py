@@ -438,7 +438,7 @@ class Step:
 
     def _begin_run(self) -> None:
         """This turned out to be a new run's first step: begin it, and be that step."""
-        self._open(self._timeline.restart(self.where))
+        self._open(self._timeline.restart(self._visit.run, self.where))
 
 
 def _count_memory(run: Run[Context]) -> None:
