@@ -210,6 +210,81 @@ def test_averages_over_fresh_noise_as_flowedit_makes_them(flux: Any) -> None:
     assert worst <= 1.5 * alone
 
 
+# --- tiles of several sizes ----------------------------------------------------------------------
+
+GUIDED = {"cond": 0, "uncond": 50}
+
+
+def edge_tiles(family: str, sizes: list[int], seed: int = 0) -> list[list[dict[str, Any]]]:
+    """Of every step the calls for tiles of these sizes, with one prompt."""
+    runs = [calls(family, 9, seed=seed + k, batch=1, size=size) for k, size in enumerate(sizes)]
+    text = {
+        name: value
+        for name, value in runs[0][0].items()
+        if name.startswith("encoder") or name == "pooled_projections"
+    }
+    return [[{**inputs, **text} for inputs in step] for step in zip(*runs, strict=True)]
+
+
+@pytest.mark.parametrize("contexts", [True, False])
+@pytest.mark.parametrize("family", ["flux", "qwen-image", "wan"])
+@pytest.mark.parametrize("sizes", [[4, 2], [4, 4, 2, 2], [2, 4, 6, 4]], ids=str)
+def test_tiles_of_other_sizes_are_cached_each_for_itself(
+    family: str, sizes: list[int], contexts: bool
+) -> None:
+    """As at the edges of a picture; with both branches of guidance of every tile."""
+    # Two steps are computed before one is reused: of the second one of two equal tiles the first
+    # step is not kept, because nobody knows yet that it is going to come back.
+    rules = DiCacheConfig(schedule="CCCRRCRRC", num_inference_steps=9)
+    model, alone = build(family), build(family)
+    guided = {name: edge_tiles(family, sizes, seed) for name, seed in GUIDED.items()}
+    answers: dict[tuple[str, int], list[Tensor]] = {}
+    apply_dicache(model, rules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiCacheWarning)
+        for step in range(9):
+            for tile in range(len(sizes)):
+                for name, steps in guided.items():
+                    with model.cache_context(name) if contexts else nullcontext():
+                        answer = model(**steps[step][tile])[0]
+                    answers.setdefault((name, tile), []).append(answer)
+    assert list(masks(model).values()) == ["CCCRRCRRC"] * 2 * len(sizes)
+    for (name, tile), found in answers.items():
+        apply_dicache(alone, rules)
+        for step, answer in enumerate(found):
+            assert torch.equal(alone(**guided[name][step][tile])[0], answer)
+        remove_dicache(alone)
+
+
+@pytest.mark.parametrize("contexts", [True, False])
+def test_branches_of_a_tile_decide_together_whatever_the_size_of_others(contexts: bool) -> None:
+    model = build("flux")
+    apply_dicache(model, DiCacheConfig(threshold=0.2, retention_ratio=0, num_inference_steps=9))
+    guided = {name: edge_tiles("flux", [4, 2], seed) for name, seed in GUIDED.items()}
+    for step in range(9):
+        for tile in range(2):
+            for name, steps in guided.items():
+                with model.cache_context(name) if contexts else nullcontext():
+                    model(**steps[step][tile])
+    first, second, third, fourth = masks(model).values()
+    assert first == second and third == fourth and "R" in first and first != third
+
+
+def test_a_picture_of_another_size_is_another_run() -> None:
+    """With the same prompt, at a later timestep than the run began: no tile of it."""
+    model, fresh = build("flux"), build("flux")
+    for each in (model, fresh):
+        apply_dicache(each, DiCacheConfig(schedule="CCRRRRRRR"))
+    large, small = (edge_tiles("flux", [size]) for size in (4, 2))
+    prompt = large[0][0]["encoder_hidden_states"]
+    for (inputs,) in large[:4]:
+        model(**inputs)
+    for (inputs,) in small[4:]:
+        inputs = {**inputs, "encoder_hidden_states": prompt}
+        assert torch.equal(model(**inputs)[0], fresh(**inputs)[0])
+    assert masks(model) == {"branch0": "CCRRR"}
+
+
 # --- pipelines and schedulers --------------------------------------------------------------------
 
 RULES = DiCacheConfig(threshold=math.inf, retention_ratio=0)

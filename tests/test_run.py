@@ -109,6 +109,27 @@ def test_calls_in_lockstep_have_branches_in_the_order_in_which_they_came() -> No
     assert notes.steps == [0, 0, 1, 1, 2, 2]
 
 
+def test_tiles_of_other_layouts_are_calls_of_one_step() -> None:
+    notes = Notes(num_steps=3)
+    tiles = [(1, 4, 8), (1, 4, 8), (1, 2, 8)]
+    told = [Where("cond", PROMPT, each, moment=9 - k) for k in range(3) for each in tiles]
+    assert set(notes(*told)) == {0}
+    assert notes.branches == ["cond", "cond#2", "cond#3"] * 3
+    assert notes.steps == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_tiles_whose_prompt_is_made_anew_in_every_step_keep_their_branches() -> None:
+    notes, prompts = Notes(num_steps=3), [Prompt() for _ in range(3)]
+    tiles = [(1, 4, 8), (1, 2, 8)]
+    calls = [
+        Where("cond", prompt, layout, moment=9 - step)
+        for step, prompt in enumerate(prompts)
+        for layout in tiles
+    ]
+    assert set(notes(*calls)) == {0}
+    assert notes.branches == ["cond", "cond#2"] * 3
+
+
 # --- the direction -------------------------------------------------------------------------------
 
 

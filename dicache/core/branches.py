@@ -2,8 +2,8 @@
 
 A branch of guidance is known by its name, or where nobody names it by the identity of its prompt.
 Where a branch is called several times a step (tiles, windows, averages, pictures in lockstep),
-every call of the step has a history of its own: by its prompt, or where that is the same by its
-order.
+every call of the step has a history of its own: by its prompt, by its layout (tiles at an edge are
+smaller), and where these are the same by its order.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Branch(Generic[State]):
 
 
 class Group(Generic[State]):
-    """The branches of one prompt: one, or as many as there are calls of it in a step.
+    """The branches of one prompt and layout: one, or as many as there are such calls in a step.
 
     Calls of a step have nothing but their order to be told apart by. So where their number was
     another one in the last step than in the one before, nobody knows which is which.
@@ -84,6 +84,11 @@ class Group(Generic[State]):
         """Its prompt and layout are those by which calls are known from now on."""
         self.layout = where.layout
         self.ref = None if where.prompt is None else weakref.ref(where.prompt)
+
+    def has_prompt(self, where: Where) -> bool:
+        """Whether a call has the prompt by which this group is known."""
+        prompt, ref = where.prompt, self.ref
+        return prompt is None if ref is None else prompt is not None and ref() is prompt
 
     @property
     def is_gone(self) -> bool:
@@ -148,22 +153,24 @@ class Branches(Generic[State]):
         return self._groups.get(context, [])
 
     def find(self, where: Where) -> Group[State] | None:
-        """The group that has a call's prompt."""
-        prompt = where.prompt
+        """The group that has a call's prompt, and its layout."""
         for group in self._groups.get(where.context, ()):
-            ref = group.ref
-            if prompt is None if ref is None else prompt is not None and ref() is prompt:
+            if group.layout == where.layout and group.has_prompt(where):
                 return group
         return None
 
+    def of_prompt(self, where: Where) -> list[Group[State]]:
+        """The groups that have a call's prompt, in whatever layout."""
+        return [group for group in self._groups.get(where.context, ()) if group.has_prompt(where)]
+
     def group_for(self, where: Where) -> tuple[Group[State], bool]:
-        """A group for a prompt that none has, and whether that means that a branch was lost."""
+        """A group for what `find` does not know, and whether that means that a branch was lost."""
         groups, was_lost = self._groups.setdefault(where.context, []), False
         if where.context is not None and not self._is_displaced(where):
-            for group in groups:  # pipelines may make a new embedding in every step
-                if group.moment != where.moment or group.is_gone:
-                    group.take(where)
-                    return group, False
+            group = _to_take(groups, where)
+            if group is not None:  # pipelines may make a new embedding in every step
+                group.take(where)
+                return group, False
         elif where.context is None and any(group.is_gone for group in groups):
             groups[:] = [group for group in groups if not group.is_gone]
             was_lost = True
@@ -185,13 +192,14 @@ class Branches(Generic[State]):
         """The branch that decides for this one in this step; `None` if it does so itself.
 
         It is the one that is called first, if it did this step already. Of prompts that nobody
-        named there may be two; more are no branches of one guidance.
+        named there may be two of a layout; more are no branches of one guidance.
         """
         place = branch.place
         if where.context is None:
-            if len(self._groups[None]) > 2:
+            alike = [group for group in self._groups[None] if group.layout == where.layout]
+            if len(alike) > 2:
                 return None
-            place = (0, place[1])
+            place = (alike[0].rank, place[1])
         for leader in self:
             if leader is branch:
                 return None
@@ -231,6 +239,18 @@ class Branches(Generic[State]):
         if context is None:
             return f"branch{number}"
         return context if number == 0 else f"{context}#{number + 1}"
+
+
+def _to_take(groups: list[Group[State]], where: Where) -> Group[State] | None:
+    """The group whose prompt a call's replaces: one of its layout that rests in this moment.
+
+    Where all rest, any of another layout will do: the tensors then tell that a new run begins.
+    """
+    resting = [group for group in groups if group.moment != where.moment or group.is_gone]
+    alike = [group for group in resting if group.layout == where.layout]
+    if not alike and len(resting) == len(groups):
+        alike = resting
+    return alike[0] if alike else None
 
 
 def _did_step(leader: Branch[State], branch: Branch[State], where: Where) -> bool:

@@ -154,8 +154,11 @@ class Timeline(Generic[State]):
             return _OTHER_DIRECTION if self._clock.missed else _TIMESTEP_WENT_BACK
         if where.moment is None:
             return None
-        if group is not None and group.layout != where.layout:
-            return _OTHER_REQUEST
+        kin = run.branches.of_prompt(where) if group is None else ()
+        if kin:  # of another layout: a tile at an edge, or another picture
+            is_known = any(g.layout == where.layout for g in run.branches.groups(where.context))
+            is_one_more = any(each.moment == where.moment for each in kin)
+            return None if is_one_more and (is_known or not run.is_full) else _OTHER_REQUEST
         is_another = where.moment == run.moment and run.is_of_another_request(where, group)
         return _OTHER_REQUEST if is_another else None
 
@@ -237,6 +240,7 @@ class Run(Generic[State]):
         moment, position: Of the last call.
         branches: Those of its calls.
         stats: What it did.
+        is_noisy: Whether its tokens showed that every step brings new noise.
     """
 
     def __init__(
@@ -249,6 +253,7 @@ class Run(Generic[State]):
         self.position: int | None = None
         self.branches: Branches[State] = Branches(missed)
         self.stats = RunStats()
+        self.is_noisy = False
         self._num_untold = 0
         self._warned: set[str] = set()
 
@@ -257,6 +262,11 @@ class Run(Generic[State]):
         if cause not in self._warned:
             self._warned.add(cause)
             warnings.warn(message, DiCacheWarning, stacklevel=2)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has come to its last step."""
+        return self.num_steps is not None and self.moments >= self.num_steps
 
     def is_over(self, where: Where, steps: int) -> bool:
         """Whether its steps were done before this call, which is no other branch's last one."""
@@ -275,16 +285,15 @@ class Run(Generic[State]):
         It looks like one more branch of it, or like one more call of a branch, and is the first
         one of a run that begins where this one was given up.
         """
-        is_over = self.num_steps is not None and self.moments >= self.num_steps
         if group is not None:
-            return is_over and group.was_called_in(where.moment)
+            return self.is_full and group.was_called_in(where.moment)
         others = self.branches.groups(where.context)
         if not others:
             return False
         if where.context is not None:
             is_first_moment = self.moments - self.missed == 1
             return is_first_moment and others[0].moment == where.moment
-        return all(other.is_gone for other in others) or (is_over and len(others) >= 4)
+        return all(other.is_gone for other in others) or (self.is_full and len(others) >= 4)
 
     @property
     def had_few_steps(self) -> bool:
