@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LTXI2VLongMultiPromptPipeline
 from diffusers.schedulers import LTXEulerAncestralRFScheduler
-from helpers import masks
+from helpers import mask, masks
 from tiny_models import build, calls
 from tiny_pipelines import pipeline, run, text
 from torch import Tensor
@@ -28,11 +28,14 @@ from dicache import (
     DiCacheSession,
     DiCacheWarning,
     SparseVideoGenConfig,
+    Where,
     apply_dicache,
     apply_sparse_videogen,
     get_stats,
+    remove_dicache,
 )
 from dicache.adapters.diffusers import locate, schedule
+from dicache.demo import pipelines as demo
 from dicache.stats import MOST_RECORDS
 
 ALWAYS = {"threshold": math.inf, "retention_ratio": 0}
@@ -214,6 +217,83 @@ def test_rules_of_ones_own_reuse_all_the_same_and_are_told(rules: DiCacheConfig)
     with told("adds new noise in every step"):
         run("flux", pipe, 12)
     assert masks(pipe)["cond"].count("R") >= 9
+
+
+def re_noised(model: Any, inputs: dict[str, Any], num_steps: int, noise: float) -> list[Tensor]:
+    """What a loop of one's own does that takes new noise in every step; the models' answers."""
+    generator = torch.Generator().manual_seed(3)
+    times = torch.linspace(1, 0, num_steps + 1).tolist()
+    x, answers = inputs["hidden_states"], []
+    for now, then in zip(times, times[1:], strict=False):
+        velocity = model(**{**inputs, "hidden_states": x, "timestep": torch.tensor([now])})[0]
+        picture, old = x - now * velocity, x + (1 - now) * velocity
+        drawn = torch.randn(x.shape, generator=generator)
+        x = (1 - then) * picture + then * ((1 - noise**2) ** 0.5 * old + noise * drawn)
+        answers.append(velocity)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Any, dict[str, Any]]:
+    pipe, seen = demo.load_pipeline("flux"), []
+    handle = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs), with_kwargs=True
+    )
+    pipe(**demo.pipeline_inputs("flux", demo.default_prompts("flux")[0], 0, 2))
+    handle.remove()
+    return pipe.transformer, seen[0]
+
+
+@pytest.mark.parametrize("num_steps", [6, 12, 30])
+@pytest.mark.parametrize("noise", [1.0, 0.8])
+def test_noise_shows_in_the_tokens_of_a_bare_transformer(
+    trained: Any, num_steps: int, noise: float
+) -> None:
+    model, inputs = trained
+    plain = re_noised(model, inputs, num_steps, noise)
+    apply_dicache(model, DiCacheConfig(num_inference_steps=num_steps))
+    try:
+        with told("adds new noise in every step"):
+            answers = re_noised(model, inputs, num_steps, noise)
+        assert "R" not in masks(model)["branch0"]
+    finally:
+        remove_dicache(model)
+    assert all(torch.equal(a, b) for a, b in zip(answers, plain, strict=True))
+
+
+@pytest.mark.parametrize("num_steps", [4, 12, 30])
+def test_without_noise_nothing_is_told(trained: Any, num_steps: int) -> None:
+    model, inputs = trained
+    apply_dicache(model, DiCacheConfig(num_inference_steps=num_steps))
+    try:
+        with told():
+            re_noised(model, inputs, num_steps, 0.0)
+    finally:
+        remove_dicache(model)
+
+
+def test_a_threshold_of_ones_own_is_told_of_noise_and_obeyed(trained: Any) -> None:
+    model, inputs = trained
+    apply_dicache(model, DiCacheConfig(**ALWAYS, num_inference_steps=12))
+    try:
+        with told("adds new noise in every step"):
+            re_noised(model, inputs, 12, 1.0)
+        assert masks(model) == {"branch0": "CRRRRRRRRRRC"}
+    finally:
+        remove_dicache(model)
+
+
+def test_tokens_are_looked_at_only_where_nobody_knows_the_sampler() -> None:
+    for is_noisy in (False, None, True):
+        session = DiCacheSession(DiCacheConfig(**ALWAYS, num_inference_steps=9))
+        with told(*["adds new noise in every step"] * (is_noisy is not False)):
+            for index in range(5):
+                x = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(index))
+                with session.step(Where("cond", moment=index, is_noisy=is_noisy)) as step:
+                    if step.needs_probe:
+                        step.probe(x, x + 1)
+                    step.reuse(x) if step.action == "reuse" else step.record(x, x + 1, x + 2)
+        assert mask(session.stats.contexts["cond"]) == "CRRRR"
 
 
 # --- one step, equal timesteps, many prompts -----------------------------------------------------

@@ -6,8 +6,9 @@ from collections.abc import Hashable
 
 from torch import Tensor
 
-from .behind import compare
+from .behind import Added, Prompt
 from .gate import Gate
+from .moves import FirstMoves
 from .rules import Rules
 from .trajectory import Trajectory
 
@@ -23,6 +24,8 @@ class Context:
         has_history: Whether the last step was ended by reuse or record.
         to_compute: Steps that are computed before one is judged again.
         has_gradients: Whether the last step that was recorded had gradients.
+        added, prompt: Watch what tokens meet behind the probe.
+        moves: Watches where the tokens go in the run's first steps.
     """
 
     def __init__(self, rules: Rules) -> None:
@@ -33,7 +36,7 @@ class Context:
         self.to_compute = 0
         self.has_gradients = False
         self.computes_in: Hashable = None
-        self._behind: list[tuple[Tensor, ...]] = []  # of the entries, the newest first
+        self.added, self.prompt, self.moves = Added(), Prompt(), FirstMoves()
         self._tokens: list[tuple[Hashable, Tensor]] = []  # moments and samples of the last steps' x
 
     def change_state(self, computes_in: Hashable) -> None:
@@ -52,7 +55,8 @@ class Context:
         if self.trajectory is not None:
             self.trajectory.drop_entries(sample)
         if sample is None:
-            self._behind.clear()
+            self.added.drop_entries()
+            self.prompt.drop_entries()
 
     def make_trajectory(self, x: Tensor, p: Tensor) -> Trajectory:
         """Begin with a trajectory for tensors like these.
@@ -74,12 +78,9 @@ class Context:
         """The last step before this moment's: its own moment and its sample, if it is known."""
         return next((known for known in self._tokens if known[0] != moment), None)
 
-    def record(self, behind: tuple[Tensor, ...], y: Tensor) -> None:
-        """A step was recorded, with this added behind the probe, and these tokens at the end."""
+    def record(self, y: Tensor) -> None:
+        """A step was recorded, with these tokens at the end."""
         self.has_gradients = y.requires_grad
         self.to_compute = max(self.to_compute - 1, 0)
-        self._behind = [behind, *self._behind[:1]] if behind else []
-
-    def compare(self, behind: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """How what is added behind the probe differs from the entries', if there is something."""
-        return (compare(behind, self._behind),) if self._behind else ()
+        self.added.note_entry()
+        self.prompt.note_entry()

@@ -8,23 +8,37 @@ import torch
 from torch import Tensor
 
 SIZE = 1024  # elements
-_SEED = 0
 
 
 @torch.no_grad()
-def sample_of(tensor: Tensor) -> Tensor:
-    """A fixed random choice of elements [n], n <= 1024: the same of all tensors of a size.
+def rows_of(tensor: Tensor, rows: int) -> Tensor:
+    """A fixed choice of elements [rows, n], n <= 1024: the same of all tensors of a size.
 
     It is a tensor of its own, whatever becomes of the other one.
+
+    Args:
+        tensor: [B, ...], or anything else.
+        rows: B for a choice of every row; where the tensor has not so many, it is one row.
     """
-    count = tensor.numel()
+    tensor = tensor.detach()
+    if tensor.dim() < 2 or tensor.shape[0] != rows:
+        rows = 1
+    count = tensor.numel() // rows
     if count <= SIZE:
-        return tensor.detach().flatten().clone()
-    return torch.take(tensor.detach(), _choice(count, tensor.device))
+        return tensor.clone().reshape(rows, count)
+    return torch.take(tensor, _choice(count, rows, tensor.device))
+
+
+def sample_of(tensor: Tensor) -> Tensor:
+    """The same of the whole tensor, [n]."""
+    return rows_of(tensor, 1)[0]
 
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _choice(count: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(_SEED)
-    return torch.randint(count, (SIZE,), generator=generator).to(device)
+def _choice(count: int, rows: int, device: torch.device) -> Tensor:
+    """[rows, SIZE] places; hashed from 0, 1, 2, ... where the tensor is: a copy would wait."""
+    places = torch.arange(SIZE, device=device) * 0x9E3779B97F4A7C1
+    places = (places ^ (places >> 29)) * 0x3F58476D1CE4E5B9
+    chosen = ((places ^ (places >> 32)) & 0x3FFFFFFFFFFFFFFF) % count
+    return chosen + count * torch.arange(rows, device=device)[:, None]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
 from ..stats import MOST_RECORDS, StepRecord
-from .behind import has_changed
 from .context import Context
 from .judge import COMPUTE, Decision, judge, judge_samples
 from .readback import Readback, one_number
@@ -24,6 +24,9 @@ from .where import Where
 # much nearer to those, and anybody's where it moved about as far as the calls lie from each other.
 _NEARER = 0.9
 _AS_FAR = (0.5, 2.0)
+
+
+Question: TypeAlias = tuple[Tensor, Callable[[Any], None]]
 
 
 class Step:
@@ -90,10 +93,19 @@ class Step:
             context.drop_entries()
         if context.computes_in != self.where.computes_in:
             context.change_state(self.where.computes_in)
+        self._note_surroundings()
         self.needs_probe = self._is_judged()
         if self._rules.packs and self.needs_probe and context.trajectory is not None:
             context.trajectory.expect_probe()
         context.has_history = False  # until this step is done
+
+    def _note_surroundings(self) -> None:
+        """What tokens meet behind the probe in this step."""
+        where, context = self.where, self._context
+        if where.behind or context.added.is_watching:
+            context.added.note(where.behind)
+        if isinstance(where.prompt, Tensor):
+            context.prompt.note(where.prompt)
 
     def __enter__(self) -> Step:
         return self
@@ -162,14 +174,17 @@ class Step:
             self._visit.run.warn("gradients", _GRADIENTS)
             self.needs_probe = False
             return self._decision
+        self._note_tokens(x)
         on_device, self._gamma = trajectory.measure(x, p)
-        readback = Readback(on_device, *self._other_numbers(x))
+        asked = self._questions()
+        readback = Readback(on_device, *[question for question, _ in asked])
         if trajectory.runs_ahead and any(gate.may_reuse() for gate in self._context.gates):
             self._queued = trajectory.combine(x, self._gamma)
-        numbers, *others = readback.wait()
-        self._decision = decision = self._judge(numbers)
-        if others:
-            decision = self._look_at(others)
+        numbers, *answers = readback.wait()
+        self._decision = self._judge(numbers)
+        for (_, consider), answer in zip(asked, answers, strict=True):
+            consider(answer)
+        decision = self._decision
         if not decision.reuses_any:
             self._queued = None
         elif decision.action != "reuse":  # samples disagree
@@ -249,7 +264,7 @@ class Step:
             trajectory, inputs = self._inputs_of(given)
             self._check_outputs(inputs, tokens)
             trajectory.record(inputs, tokens, self.rows)
-            self._context.record(self.where.behind, tokens)
+            self._context.record(tokens)
             if not trajectory.is_counted:
                 _count_memory(self._visit.run)
         self._inputs = None
@@ -258,52 +273,82 @@ class Step:
 
     # --- the decision ---
 
-    def _other_numbers(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What is read along with the probe's numbers, in one wait; `_look_at` takes them."""
-        where = self.where
-        behind = self._context.compare(where.behind) if where.behind else ()
-        if where.check is not None:
-            behind = (one_number(where.check.value), *behind)
-        return (*behind, *self._distances(x)) if self._visit.siblings else behind
+    def _questions(self) -> list[Question]:
+        """What is read along with the probe's numbers, in one wait, and who takes the answer.
 
-    def _look_at(self, others: list[Any]) -> Decision:
-        """The decision, after a look at what was read along."""
-        check, decision = self.where.check, self._decision
+        That of the check comes last: it may show that this is another run's step.
+        """
+        context, check = self._context, self.where.check
+        asked: list[Question] = []
+        if self._visit.siblings:
+            asked.append((self._distances(), self._consider_distances))
+        for ask, consider in (
+            (context.added.ask, self._consider_added),
+            (context.prompt.ask, self._consider_prompt),
+            (context.moves.ask, self._consider_moves),
+        ):
+            question = ask()
+            if question is not None:
+                asked.append((question, consider))
         if check is not None:
-            value = others.pop(0)
-            if decision.reuses_any and not check.holds(value):
-                self._begin_run()
-                return self._decision
-        if self._tokens is not None:
-            self._look_at_distances(others.pop())
-        # A schedule says itself which steps are alike.
-        if others and has_changed(others.pop(), only_ends=self._rules.schedule is not None):
-            self._context.begin_anew()
-            self._decision = decision.resumed()
-        return self._decision
+            asked.append((one_number(check.value), self._consider_check))
+        return asked
 
-    def _distances(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _consider_check(self, value: float) -> None:
+        check = self.where.check
+        if check is not None and self._decision.reuses_any and not check.holds(value):
+            self._begin_run()
+
+    def _consider_added(self, numbers: list[Any]) -> None:
+        # A schedule says itself which steps are alike.
+        if self._context.added.has_changed(numbers, only_ends=self._rules.schedule is not None):
+            self._begin_anew()
+
+    def _consider_prompt(self, numbers: list[float]) -> None:
+        if self._context.prompt.has_changed(numbers):
+            self._begin_anew()
+
+    def _consider_moves(self, numbers: list[float]) -> None:
+        if self._context.moves.are_noise(numbers):
+            self._visit.run.is_noisy = True
+            if self._is_too_noisy():
+                self._decision = self._decision.resumed()
+
+    def _begin_anew(self) -> None:
+        """What lies behind the probe is not that of the trajectory any more."""
+        self._context.begin_anew()
+        self._decision = self._decision.resumed()
+
+    def _note_tokens(self, x: Tensor) -> None:
+        """Take a sample of x, once a step, where it tells something."""
+        has_siblings, moves = self._visit.siblings is not None, self._context.moves
+        shows_noise = self.where.is_noisy is None and moves.wants_tokens and not has_siblings
+        if self._tokens is None and (has_siblings or shows_noise):
+            self._tokens = sample_of(x).to(torch.float32)
+            if shows_noise:
+                moves.note(self._tokens)
+
+    def _distances(self) -> Tensor:
         """How far x is from that of the step before, of this branch and of its siblings.
 
         A step's calls of one prompt are told apart by their order. Where that changes, tokens are
         nearer to those of another call than to those of the one in the same place.
         """
         branch, siblings, moment = self._visit.branch, self._visit.siblings, self.where.moment
-        if branch is None or siblings is None:
-            return ()
-        self._tokens = tokens = sample_of(x).to(torch.float32)
+        tokens = self._tokens
+        assert branch is not None and siblings is not None and tokens is not None  # asked first
         own = self._context.tokens_before(moment)
         if own is None or own[1].shape != tokens.shape:
-            return (tokens.new_zeros(2, 1),)
+            return tokens.new_zeros(2, 1)
         others = [each.state.tokens_before(moment) for each in siblings if each is not branch]
         known = [own[1]]
         for other in others:
             if other is not None and other[0] == own[0] and other[1].shape == tokens.shape:
                 known.append(other[1])
         origins = torch.stack([tokens, own[1]])
-        return (torch.linalg.vector_norm(torch.stack(known) - origins[:, None], dim=-1),)
+        return torch.linalg.vector_norm(torch.stack(known) - origins[:, None], dim=-1)
 
-    def _look_at_distances(self, distances: list[list[float]]) -> None:
+    def _consider_distances(self, distances: list[list[float]]) -> None:
         (own, *to_others), (_, *apart) = distances
         least, most = _AS_FAR
         for to_other, between in zip(to_others, apart, strict=True):
@@ -363,19 +408,24 @@ class Step:
         if context.has_gradients and torch.is_grad_enabled():
             run.warn("gradients", _GRADIENTS)
             return False
-        if self.where.is_noisy:
-            run.warn("noise", _NOISE if rules.is_default else _NOISE_ALL_THE_SAME)
-            if rules.is_default:
-                return False
+        if (self.where.is_noisy or run.is_noisy) and self._is_too_noisy():
+            return False
         return context.gates[0].wants_probe(self.index, steps, visit.is_last)
+
+    def _is_too_noisy(self) -> bool:
+        """Whether noise in every step forbids a reuse: the default rules say so."""
+        is_default = self._rules.is_default
+        self._visit.run.warn("noise", _NOISE if is_default else _NOISE_ALL_THE_SAME)
+        return is_default
 
     # --- the end ---
 
     def _see_whose_it_is(self, x: Tensor) -> None:
         """Of several calls of a step that were told apart by their order; waits for the device."""
-        if self._visit.siblings and self._tokens is None:
-            (distances,) = Readback(*self._distances(x)).wait()
-            self._look_at_distances(distances)
+        was_asked = self._tokens is not None
+        self._note_tokens(x)
+        if self._visit.siblings and not was_asked:
+            self._consider_distances(Readback(self._distances()).wait()[0])
 
     def _be_computed(self) -> None:
         """The step is computed, also where it might have been reused."""
@@ -469,11 +519,12 @@ _OTHER_ORDER = (
     "same order, or wrap each part's calls in a `cache_context` of its own name."
 )
 _NOISE = (
-    "The scheduler adds new noise in every step, so that no step is like the one before, and every "
-    "step is computed. A scheduler without it can be cached; a threshold of your own caches this "
-    "one, too."
+    "The scheduler, or whoever calls the transformer, adds new noise in every step, so that none "
+    "is like the one before, and every step is computed. A scheduler without it can be cached; a "
+    "threshold of your own caches this one, too."
 )
 _NOISE_ALL_THE_SAME = (
-    "The scheduler adds new noise in every step, so that no step is like the one before: what is "
-    "reused costs more quality than usual. DiCacheConfig() computes every step there."
+    "The scheduler, or whoever calls the transformer, adds new noise in every step, so that none "
+    "is like the one before: what is reused costs more quality than usual. DiCacheConfig() "
+    "computes every step there."
 )

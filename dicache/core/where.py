@@ -61,6 +61,7 @@ class Where(NamedTuple):
             number and sizes are the same wherever `computes_in` is.
         check: A number that has to be read to know whether all this is true.
         is_noisy: Whether the sampler adds new noise between steps, so that neighbours are unlike.
+            `None`: the tokens of the run's first steps shall tell.
     """
 
     context: str | None = "main"
@@ -78,4 +79,4 @@ class Where(NamedTuple):
     computes_in: Hashable = None
     behind: tuple[Tensor, ...] = ()
     check: Check | None = None
-    is_noisy: bool = False
+    is_noisy: bool | None = False

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.sample import sample_of
+from ..core.sample import rows_of
 
 
 class Conditions:
@@ -26,8 +26,11 @@ class Conditions:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
 
-    def read(self, arguments: Mapping[str, Any]) -> tuple[Hashable, tuple[Tensor, ...]]:
-        """What has to stay as it is, and samples of what has to stay alike."""
+    def read(self, arguments: Mapping[str, Any], batch: int) -> tuple[Hashable, tuple[Tensor, ...]]:
+        """What has to stay as it is, and samples [rows, n] of what has to stay alike.
+
+        There is a row a sample of the batch, as far as tensors have so many.
+        """
         state: list[Hashable] = []
         samples: list[Tensor] = []
         for name in self._names:
@@ -37,19 +40,21 @@ class Conditions:
             state.append(name)
             tensors = _added_tensors(value)
             if tensors:
-                sample = _sample_of_all(tensors)
-                state.append(sample.shape[0])
+                sample = _sample_of_all(tensors, batch)
+                state.append(tuple(sample.shape))
                 samples.append(sample)
             else:
                 state.append(_plain(value))
         return tuple(state), tuple(samples)
 
 
-def _sample_of_all(tensors: list[Tensor]) -> Tensor:
-    """[n] elements of the first, the middle and the last one of them."""
-    chosen = {0, len(tensors) // 2, len(tensors) - 1}
-    parts = [sample_of(tensors[index]) for index in sorted(chosen)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def _sample_of_all(tensors: list[Tensor], batch: int) -> Tensor:
+    """[rows, n] elements of the first, the middle and the last one of them."""
+    chosen = [tensors[index] for index in sorted({0, len(tensors) // 2, len(tensors) - 1})]
+    if any(each.shape[:1] != (batch,) for each in chosen):
+        batch = 1
+    parts = [rows_of(each, batch) for each in chosen]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def _added_tensors(value: Any) -> list[Tensor]:

@@ -90,15 +90,14 @@ class DiffusersLocator:
             if context.step_index is not None:
                 is_last = context.step_index >= num_steps - 1
                 position = context.step_index if position is None else position
+        text = None if self._text is None else arguments.get(self._text)
         state: Hashable = None
         behind: tuple[Tensor, ...] = ()
         if self._attributes.get("peft_config") or not self._behind.isdisjoint(arguments):
-            conditions, behind = self._conditions.read(arguments)
+            conditions, behind = self._conditions.read(arguments, _batch_of(text))
             state = (conditions, self._adapters.read(arguments))
         name = None if context is None else context.name
-        prompt = None if self._text is None else arguments.get(self._text)
-        if not isinstance(prompt, Tensor):
-            prompt = self._prompt_of(prompt)
+        prompt = text if isinstance(text, Tensor) else self._prompt_of(text)
         moment = timestep if position is None else position
         if moment is None:  # then nobody can tell where a run begins
             name = prompt = None
@@ -118,7 +117,7 @@ class DiffusersLocator:
             state,
             behind,
             place.check,
-            place.is_noisy,
+            place.is_noisy or None,
         )
 
     def leaders(self, context: str | None, layout: torch.Size | None) -> tuple[int, ...] | None:
@@ -136,6 +135,11 @@ class DiffusersLocator:
         while isinstance(text, (list, tuple)) and text:
             text = text[0]
         return text if isinstance(text, Tensor) else _NO_TEXT
+
+
+def _batch_of(text: Any) -> int:
+    """How many samples there are: every one has a text."""
+    return len(text) if isinstance(text, (Tensor, list, tuple)) else 1
 
 
 def _is_guided(pipeline: Any) -> bool:
