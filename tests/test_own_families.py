@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -340,6 +341,31 @@ def test_blocks_that_write_into_their_input_give_the_same_as_those_that_do_not(
         assert torch.allclose(written, clean, atol=1e-6)
 
 
+class WritesUncounted(Block):
+    """As another package's kernel does: torch does not count this write."""
+
+    def forward(self, text: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        output = states + self.linear(states).sin()
+        states.data.mul_(-1)
+        return output, text
+
+
+def test_writes_that_torch_does_not_count() -> None:
+    register_family(PLAIN)
+    outputs = []
+    for prepare in (lambda states: states, Tensor.clone):
+
+        class Given(WritesUncounted):
+            def forward(self, text: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+                return super().forward(text, self.prepare(states))
+
+        Given.prepare = staticmethod(prepare)
+        model = make(lambda: PlainTransformer(Given))  # noqa: B023
+        apply_dicache(model, DiCacheConfig(schedule="CCCRRCR", num_inference_steps=7))
+        outputs.append(run(model, 7))
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*outputs, strict=True))
+
+
 def test_of_such_blocks_the_very_first_step_is_not_kept() -> None:
     """Its tokens x are gone before that is known; no other step is lost, nor one of a later run."""
     register_family(PLAIN)
@@ -408,3 +434,151 @@ def test_wrapped_blocks_of_a_known_family() -> None:
         outputs.append([model(**inputs)[0] for inputs in calls("flux", 6)])
         assert masks(model) == {"branch0": "CCRRCR"}
     assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+
+
+# --- rows that do not fit ------------------------------------------------------------------------
+
+
+def returning(change: Callable[[Tensor, Tensor], Any]) -> type[Block]:
+    class Returns(Block):
+        def forward(self, text: Tensor, states: Tensor) -> Any:
+            return change(*super().forward(text, states))
+
+    return Returns
+
+
+class TakesLoosely(PlainTransformer):
+    """Takes from blocks whatever holds the tokens."""
+
+    def forward(self, states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        for layer in self.layers:
+            output = layer(encoder_hidden_states, states=states)
+            states = output["states"] if isinstance(output, dict) else output
+            states = states[0] if isinstance(states, tuple) else states
+        return states
+
+
+UNFIT: dict[str, tuple[Any, str]] = {
+    "a dictionary": (lambda states, text: {"states": states}, "returned a dict"),
+    "one value too few": (lambda states, text: states, "returned a Tensor"),
+    "one value too many": (lambda states, text: (states, text, text), "returned a tuple of 3"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), UNFIT.values(), ids=UNFIT)
+def test_outputs_that_are_not_as_the_row_says_are_told_and_computed(
+    change: Any, message: str
+) -> None:
+    register_family(replace(PLAIN, model_class="TakesLoosely"))
+    model, plain = (make(lambda: TakesLoosely(returning(change))) for _ in range(2))
+    apply_dicache(model, RULES)
+    with told(message):
+        outputs = run(model)
+    assert all(torch.equal(*pair) for pair in zip(outputs, run(plain), strict=True))
+    assert masks(model) == {"branch0": "CCCCCC"}
+
+
+def test_a_bare_tensor_where_the_row_says_so_must_be_one() -> None:
+    stack = BlockStack("layers", outputs=("states",), hidden_states="states")
+    register_family(replace(PLAIN, model_class="TakesLoosely", stacks=(stack,)))
+    model = make(lambda: TakesLoosely(returning(lambda states, text: (states,))))
+    apply_dicache(model, RULES)
+    with told("returned a tuple of 1"):
+        run(model)
+    assert masks(model) == {"branch0": "CCCCCC"}
+
+
+def test_an_argument_that_blocks_lack_is_refused_with_the_ones_that_they_have() -> None:
+    stack = BlockStack("layers", outputs=("tokens", "text"), hidden_states="tokens")
+    register_family(replace(PLAIN, stacks=(stack,)))
+    with pytest.raises(ValueError, match="no argument 'tokens'.*arguments are text, states"):
+        apply_dicache(make(), RULES)
+
+
+def test_a_list_of_something_else_than_modules_is_refused() -> None:
+    register_family(PLAIN)
+    model = make()
+    model.layers = nn.ModuleDict({str(k): block for k, block in enumerate(model.layers)})
+    with pytest.raises(ValueError, match="'layers' holds a str. Expected modules"):
+        apply_dicache(model, RULES)
+
+
+class PositionalOnly(Block):
+    def forward(self, text: Tensor, /, states: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(text, states)
+
+
+class CallsByPosition(PlainTransformer):
+    def forward(self, states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        text = encoder_hidden_states
+        for layer in self.layers:
+            states, text = layer(text, states)
+        return states
+
+
+def test_positional_only_arguments_have_their_places() -> None:
+    register_family(replace(PLAIN, model_class="CallsByPosition"))
+    outputs = []
+    for block in (Block, PositionalOnly):
+        model = make(lambda: CallsByPosition(block))  # noqa: B023
+        apply_dicache(model, RULES)
+        outputs.append(run(model))
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+
+
+class Nameless(Block):
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return super().forward(*args)
+
+
+def test_arguments_that_nobody_can_name_are_told() -> None:
+    register_family(replace(PLAIN, model_class="CallsByPosition"))
+    model = make(lambda: CallsByPosition(Nameless))
+    apply_dicache(model, RULES)
+    with pytest.raises(TypeError, match="does not say which of its positional arguments"):
+        run(model)
+
+
+# --- models that do not run all blocks, or run them twice -----------------------------------------
+
+
+class LeavesTheLastOut(PlainTransformer):
+    last = 4
+
+    def forward(self, states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        text = encoder_hidden_states
+        for layer in self.layers[: self.last]:
+            states, text = layer(text, states=states)
+        return states
+
+
+def test_a_reused_step_whose_last_block_is_not_called_is_run_again() -> None:
+    register_family(replace(PLAIN, model_class="LeavesTheLastOut"))
+    model, plain = make(LeavesTheLastOut), make(LeavesTheLastOut)
+    apply_dicache(model, DiCacheConfig(schedule="CCRRRR", num_inference_steps=6))
+    with told("did not all run"):
+        for index, (states, time, text) in enumerate(inputs_of()):
+            model.last = plain.last = 4 if index < 2 else 3
+            output = model(states, time, text)
+            assert torch.equal(output, plain(states, time, text))
+
+
+class RunsTwice(PlainTransformer):
+    def forward(self, states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        for _ in range(2):
+            states = super().forward(states, timestep, encoder_hidden_states)
+        return states
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_a_model_that_runs_its_blocks_twice_fails_open(granularity: str) -> None:
+    register_family(replace(PLAIN, model_class="RunsTwice"))
+    model, plain = make(RunsTwice), make(RunsTwice)
+    rules = DiCacheConfig(threshold=0.02, retention_ratio=0, granularity=granularity)
+    apply_dicache(model, replace(rules, num_inference_steps=9))
+    for states, time, text in inputs_of(9):
+        states = torch.cat([states, states.sin()])
+        output, expected = model(states, time, text), plain(states, time, text)
+        assert (output - expected).norm() < 0.2 * expected.norm()
+    records = [*get_stats(model).records()]
+    assert {record.action for record in records} == {"compute", "resume", "reuse"}

@@ -41,6 +41,9 @@ class Driver(Protocol):
     def after_probe(self, call: Call, p: Tensor) -> None:
         """Tokens p [B, S, D] leave the probe: decide."""
 
+    def leave_out(self, call: Call, block: BlockCall, output: Any) -> None:
+        """A block's output is not what its row says: this step is computed without the cache."""
+
     def reuse(self, call: Call) -> Tensor:
         """The tokens [B, S, D] of a reused step; blocks are back in their lists."""
 
@@ -76,7 +79,8 @@ class BlockCall:
         self.block, self.stack = block, stack
         self.names = stack.outputs
         self.take = itemgetter(*stack.outputs)  # a tuple, or with one name a value
-        self.places = _places(block)
+        self.places = _Places(block)
+        self._place = stack.outputs.index(stack.hidden_states)  # of the tokens in an output
         self._driver, self._roles = driver, roles
         self._compiled: BlockFunction | None = None  # the block's call, where it is compiled
         self.call: BlockFunction | None = None  # what was installed
@@ -116,13 +120,15 @@ class BlockCall:
         """What the block would return if it changed nothing."""
         return self.take({name: self.argument(name, args, kwargs) for name in self.names})
 
-    def tokens_of(self, output: Any, call: Call) -> Tensor:
-        """The image tokens [B, S, D] of a block's output."""
-        names = self.names
-        hidden: Tensor = (
-            output if len(names) == 1 else output[names.index(self.stack.hidden_states)]
-        )
-        return hidden[:, -call.num_tokens :] if self.stack.text_in_front else hidden
+    def tokens_of(self, output: Any, call: Call) -> Tensor | None:
+        """The image tokens [B, S, D] of a block's output; `None` if it is not as the row says."""
+        if len(self.names) > 1:
+            if not isinstance(output, (tuple, list)) or len(output) != len(self.names):
+                return None
+            output = output[self._place]
+        if not isinstance(output, Tensor):
+            return None
+        return output[:, -call.num_tokens :] if self.stack.text_in_front else output
 
     def with_tokens(self, values: Mapping[str, Any], y: Tensor, call: Call) -> Any:
         """A block's output, given by the names of its arguments, with these image tokens in it."""
@@ -178,7 +184,7 @@ def deciding(driver: Driver, block: BlockCall, inner: BlockFunction) -> BlockFun
         output = inner(*args, **kwargs)
         running = driver.call
         if running is not None:
-            driver.after_probe(running, block.tokens_of(output, running))
+            _end_probe(driver, block, running, output)
         return output
 
     return call
@@ -194,10 +200,18 @@ def probing(driver: Driver, block: BlockCall, inner: BlockFunction) -> BlockFunc
             return inner(*args, **kwargs)
         driver.enter_blocks(running, kwargs[name] if name in kwargs else args[places[name]])
         output = inner(*args, **kwargs)
-        driver.after_probe(running, block.tokens_of(output, running))
+        _end_probe(driver, block, running, output)
         return output
 
     return call
+
+
+def _end_probe(driver: Driver, block: BlockCall, running: Call, output: Any) -> None:
+    p = block.tokens_of(output, running)
+    if p is None:
+        driver.leave_out(running, block, output)
+    else:
+        driver.after_probe(running, p)
 
 
 def passing(driver: Driver, block: BlockCall, inner: BlockFunction) -> BlockFunction:
@@ -228,11 +242,16 @@ def finishing(driver: Driver, block: BlockCall, inner: BlockFunction) -> BlockFu
             return block.with_tokens(values, driver.reuse(running), running)
         if running.samples is not None:
             output = block.run_samples(inner, running, args, kwargs)
-            part = running.samples.take(block.tokens_of(output, running))
-            y = driver.after_last_block(running, part)
+            tokens = block.tokens_of(output, running)
+            assert tokens is not None  # else it could not have been run for samples
+            y = driver.after_last_block(running, running.samples.take(tokens))
             return block.with_tokens(block.by_name(output), y, running)
         output = inner(*args, **kwargs)
-        driver.after_last_block(running, block.tokens_of(output, running))
+        tokens = block.tokens_of(output, running)
+        if tokens is None:
+            driver.leave_out(running, block, output)
+        else:
+            driver.after_last_block(running, tokens)
         return output
 
     return call
@@ -254,9 +273,19 @@ def roles_of(index: int, probe_depth: int, num_blocks: int) -> tuple[Role, ...]:
     return tuple(roles)
 
 
-def _places(block: nn.Module) -> dict[str, int]:
+class _Places(dict[str, int]):
     """Where a block's arguments are among the positional ones."""
-    forward = type(unwrapped(block)).forward
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return {name: place for place, name in enumerate(named)}
+
+    def __init__(self, block: nn.Module) -> None:
+        function = type(unwrapped(block)).forward
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = [*inspect.signature(function).parameters.values()][1:]
+        super().__init__({p.name: place for place, p in enumerate(parameters) if p.kind in kinds})
+        self._block = block
+
+    def __missing__(self, name: str) -> int:
+        raise TypeError(
+            f"{type(self._block).__name__}.forward does not say which of its positional arguments "
+            f"is {name!r}, which its family's row names. Call the block with {name}=..., or name "
+            f"the argument in its forward."
+        )

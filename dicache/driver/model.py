@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .blocks import BlockCall, roles_of
 from .bypass import Bypass, twin_class
 from .call import Call, Locator, Untouched
 from .compiling import Surroundings, outermost_call
-from .families import BlockStack, ModelFamily
+from .families import BlockStack, ModelFamily, unwrapped
 from .samples import Samples
 
 
@@ -71,12 +72,14 @@ class CachedModel:
         self._surroundings = Surroundings(model)
         self._has_own_forward = _has_own_forward(model, package)
         self._bare_forward: Any = None
+        self._own_compile: Any = None  # the instance's, if it has one of its own
         self._in_use = threading.Lock()
         self._works_in_place: bool | None = None  # whether blocks write into their input, if known
 
     def attach(self) -> None:
         """Take the place of the calls; `forward` is from here on what it is now."""
         model = self.model
+        self._own_compile = vars(model).get("compile")
         self._bare_forward = model.forward if self._has_own_forward else None
         for call in self.block_calls:
             call.install(self._surroundings.compile)
@@ -93,8 +96,10 @@ class CachedModel:
         for call in self.block_calls:
             call.uninstall()
         self._surroundings.put_back()
-        del self.model.compile  # the instance's; the class has its own
         del self.model.__reduce_ex__
+        del self.model.compile  # the instance's; the class has its own
+        if self._own_compile is not None:
+            self.model.compile = self._own_compile  # type: ignore[method-assign]
 
     def warn(self, cause: str, message: str) -> None:
         """Warn with `DiCacheWarning`, once per run and cause."""
@@ -120,6 +125,10 @@ class CachedModel:
             output = self.model._call_impl(*args, **kwargs)
             if call.step is None or not call.step.is_done:
                 self._note_unseen_blocks(call)
+                if self.skips:  # and nobody asked for the tokens of a reused step
+                    self._end_bypass()
+                    self.call = None
+                    output = self.model._call_impl(*args, **kwargs)
         except BaseException:
             if self.call is not None and self.call.step is not None:
                 self.call.step.close()
@@ -149,7 +158,8 @@ class CachedModel:
         """Open the step, and note the tokens that enter block 0."""
         where = self._locator.where(call.arguments, x.shape)
         call.step = Step(self.session.timeline, self.session.rules, where)
-        if torch.is_grad_enabled() and needs_gradients(self.model, x):
+        call.samples = call.untouched = None  # of an earlier pass, if the model makes several
+        if torch.is_grad_enabled() and needs_gradients(self.model, (x, call.arguments)):
             self._leave_to_gradients(call, x.shape[0])
             return
         call.num_tokens = x.shape[1]
@@ -183,6 +193,19 @@ class CachedModel:
         stats = step.stats  # now: the step may have begun a run
         stats.block_calls += self._probe_depth
         stats.block_samples += self._probe_depth * p.shape[0]
+
+    def leave_out(self, call: Call, block: BlockCall, output: Any) -> None:
+        """See `blocks.Driver`."""
+        if call.step is None or call.step.is_done:  # told already, or block 0 was not seen
+            return
+        stack = block.stack
+        self.warn(
+            "outputs",
+            f"{type(block.block).__name__} returned {_kind_of(output)}, and the row of family "
+            f"{self.family.name!r} says {', '.join(stack.outputs)}, so such steps are computed. "
+            f"Name what it returns in BlockStack({stack.attribute!r}, outputs=(...)).",
+        )
+        self._discard(call, 0)
 
     def reuse(self, call: Call) -> Tensor:
         """The tokens of a reused step."""
@@ -292,6 +315,8 @@ class CachedModel:
 
     def _check(self, blocks: list[tuple[nn.Module, BlockStack]]) -> None:
         name = type(self.model).__name__
+        for block, stack in blocks:
+            _check_fit(block, stack)
         if len({id(block) for block, _ in blocks}) < len(blocks):
             raise ValueError(
                 f"This {name} runs one block in several places. Expected blocks of their own: the "
@@ -304,9 +329,51 @@ class CachedModel:
             )
 
 
-def needs_gradients(model: nn.Module, tokens: Tensor) -> bool:
-    """Whether gradients of the model or of these tokens are asked for, where they are enabled."""
-    return tokens.requires_grad or any(each.requires_grad for each in model.parameters())
+def _check_fit(block: Any, stack: BlockStack) -> None:
+    """See that a row fits a block.
+
+    Raises:
+        ValueError: It is no module, or its `forward` lacks an argument that the row names.
+    """
+    if not isinstance(block, nn.Module):
+        raise ValueError(
+            f"The list {stack.attribute!r} holds a {type(block).__name__}. Expected modules, in "
+            f"the order in which they run."
+        )
+    parameters = inspect.signature(type(unwrapped(block)).forward).parameters
+    takes_any = any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
+    missing = [name for name in stack.outputs if name not in parameters]
+    if missing and not takes_any:
+        raise ValueError(
+            f"{type(unwrapped(block)).__name__}.forward has no argument {missing[0]!r}, which "
+            f"BlockStack({stack.attribute!r}) names. Its arguments are "
+            f"{', '.join([*parameters][1:])}: outputs are what a block returns, by the names of "
+            f"the arguments that it changes."
+        )
+
+
+def needs_gradients(model: nn.Module, given: object) -> bool:
+    """Whether gradients of the model, or of tensors that it is given, are asked for."""
+    wanted = any(each.requires_grad for each in _tensors_in(given))
+    return wanted or any(each.requires_grad for each in model.parameters())
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors_in(each)
+    elif isinstance(value, Mapping):
+        yield from _tensors_in([*value.values()])
+
+
+def _kind_of(output: object) -> str:
+    """What a block returned, for people."""
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {len(output)}"
+    return f"a {type(output).__name__}"
 
 
 def _has_own_forward(model: nn.Module, package: str) -> bool:

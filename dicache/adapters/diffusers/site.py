@@ -66,6 +66,7 @@ class Site:
         self._notes: dict[str, Hashable] = {}
         self._where: Where | None = None  # of the call that runs
         self._forward: Callable[..., Any] | None = None  # the transformer's, with this hook on it
+        self._has_own_forward = False  # whether there was one on the instance before
         for name, what in ((family.timestep, "timestep"), (family.text, "text")):
             if names is not None and name is not None and name not in names:
                 _warn_of_unknown_argument(transformer, family, name, what, [*parameters][1:])
@@ -119,6 +120,7 @@ class Site:
             self._locator.follow(pipeline)
         registry = HookRegistry.check_if_exists_or_initialize(self._transformer)
         if not self.features:
+            self._has_own_forward = "forward" in vars(self._transformer)
             registry.register_hook(self._hook, _HOOK)
             self._forward = self._transformer.forward
         registry.invalidate_child_registries_cache()  # pipelines that ran before look again
@@ -138,8 +140,10 @@ class Site:
             transformer.forward = forward
         registry.invalidate_child_registries_cache()
         attributes = vars(transformer)
-        if getattr(attributes.get("forward"), "__func__", None) is type(transformer).forward:
-            del attributes["forward"]
+        if not self._has_own_forward:  # the registry puts one there, and leaves it
+            function = getattr(attributes.get("forward"), "__func__", None)
+            if forward is self._forward or function is type(transformer).forward:
+                attributes.pop("forward", None)
         if not registry.hooks:
             del attributes["_diffusers_hook"]
 
