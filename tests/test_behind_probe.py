@@ -6,7 +6,9 @@ and what is reused afterwards has nothing of the time before in it.
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -34,6 +36,7 @@ from dicache import (
 )
 from dicache.core.behind import Added, Prompt
 from dicache.core.moves import FirstMoves
+from dicache.core.readback import Readback
 from dicache.demo import pipelines as demo
 from dicache.driver import families
 from dicache.driver.conditions import Conditions
@@ -121,6 +124,29 @@ def put_on_lora(model: nn.Module) -> None:
         model.add_adapter(config, "style")
 
 
+def scale_layers(model: nn.Module, which: str, scale: float) -> None:
+    """What `set_adapters` does with a dictionary of scales."""
+    for name, module in model.named_modules():
+        if name.endswith(which) and hasattr(module, "set_scale"):
+            module.set_scale("style", scale)
+
+
+def exchange_lora(model: nn.Module) -> None:
+    """Another one under the same name."""
+    model.delete_adapters("style")
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        targets = ".*single_transformer_blocks.*(to_q|proj_mlp)"
+        model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), "style")
+
+
+def write_into_lora(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = parameter.data  # as a move to a device does: no write
+            parameter.mul_(-1)
+
+
 def scale_ip_adapter(scale: float) -> Callable[[nn.Module], None]:
     def act(model: Any) -> None:
         for processor in list(model.attn_processors.values())[:2]:
@@ -152,6 +178,14 @@ CHANGES = {
     "disable_lora": Change("flux", put_on_lora, act=lambda model: model.disable_lora()),
     "fuse_lora": Change("flux", put_on_lora, act=lambda model: model.fuse_lora(0.5)),
     "delete_adapters": Change("flux", put_on_lora, act=lambda m: m.delete_adapters("style")),
+    "another LoRA of the same name": Change("flux", put_on_lora, act=exchange_lora),
+    "a LoRA's weights are written": Change("flux", put_on_lora, act=write_into_lora),
+    "a LoRA's scale in some layers": Change(
+        "flux", put_on_lora, act=lambda model: scale_layers(model, "proj_mlp", 0.2)
+    ),
+    "a LoRA's scale in other layers": Change(
+        "flux", put_on_lora, act=lambda model: scale_layers(model, "to_q", -1.0)
+    ),
     "a LoRA comes": Change("flux", act=put_on_lora),
     "scale of LoRAs in the call": Change(
         "flux",
@@ -305,7 +339,7 @@ def test_an_equal_prompt_of_every_step_costs_none() -> None:
         inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].clone()
         with model.cache_context("cond"):
             model(**inputs)
-    assert masks(model) == {"cond": "CRRRRRRRR"}
+    assert masks(model, resumed="C") == {"cond": "CRRRRRRRR"}
 
 
 def test_a_pipelines_callback_exchanges_the_prompt() -> None:
@@ -346,17 +380,25 @@ def vace_model() -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("what", ["scale", "hints"])
+VACE_SCALES = {
+    "all": [0.4, 0.2],
+    "all, a little": [0.9, 0.45],
+    "one": [1.0, 0.7],
+    "one ends": [0.0, 0.5],
+}
+
+
+@pytest.mark.parametrize("what", [*VACE_SCALES, "hints"])
 def test_hints_of_vace(what: str, own_families: None) -> None:
     register_family(
         ModelFamily("vace", "WanVACETransformer3DModel", (BlockStack("blocks"),), threshold=0.1)
     )
     steps = calls("wan", NUM_STEPS)
     hints = torch.randn(2, 4, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    before, after = torch.tensor([1.0, 0.5]), torch.tensor(VACE_SCALES.get(what, [1.0, 0.5]))
     for index, inputs in enumerate(steps):
         is_after = index >= CHANGES_AT
-        scale = torch.tensor([1.0, 0.5]) * (0.4 if is_after and what == "scale" else 1.0)
-        inputs["control_hidden_states_scale"] = scale
+        inputs["control_hidden_states_scale"] = after if is_after else before
         inputs["control_hidden_states"] = hints * (0.0 if is_after and what == "hints" else 1.0)
     model, fresh = vace_model(), vace_model()
     apply_dicache(model, ALWAYS)
@@ -559,23 +601,32 @@ def test_what_is_watched_does_not_grow() -> None:
         assert len(added._calls) <= 4
 
 
+def is_another(watched: Prompt) -> bool | None:
+    """What a probe would find out; `None` if there is nothing to be read."""
+    question = watched.ask()
+    return None if question is None else watched.has_changed(question.tolist())
+
+
 def test_another_prompt_is_known_by_its_elements() -> None:
     prompt, watched = torch.randn(2, 8, 16), Prompt()
     watched.note(prompt)
-    assert watched.ask() is None
     watched.note_entry()
     watched.note(prompt)
-    assert watched.ask() is None, "nothing has to be read of the same tensor"
-    watched.note(prompt.clone())
-    assert (question := watched.ask()) is not None and not watched.has_changed(question.tolist())
-    prompt[1] = torch.randn(8, 16)
-    watched.note(prompt)
-    assert (question := watched.ask()) is not None and watched.has_changed(question.tolist())
+    assert is_another(watched) is None, "nothing has to be read of the same tensor"
+    watched.note(again := prompt.clone())
+    assert is_another(watched) is False
+    again[1] = torch.randn(8, 16)
+    watched.note(again)
+    assert is_another(watched) is True
     watched.note_entry()
+    assert is_another(watched) is True, "the older entry is still of the other one"
     watched.note_entry()
-    assert watched.ask() is None
-    watched.note(torch.randn(2, 9, 16))
-    assert (question := watched.ask()) is not None and watched.has_changed(question.tolist())
+    assert is_another(watched) is None
+    watched.note(longer := torch.randn(2, 9, 16))
+    assert is_another(watched) is True
+    watched.drop_entries()
+    assert is_another(watched) is None
+    del longer
 
 
 @pytest.mark.parametrize(
@@ -586,6 +637,8 @@ def test_another_prompt_is_known_by_its_elements() -> None:
         ([(0, 0), (1, 0), (1, 1)], True),
         ([(0, 0), (1, 0), (0.8, 0.1)], False),  # a small correction
         ([(0, 0), (1, 0), (1, 0)], False),
+        ([(90, 0), (91, 0), (90, 1)], False),  # what rounding may have made
+        ([(0, 0), (1, 0), (math.nan, 1)], False),
     ],
 )
 def test_moves_that_point_against_each_other_are_noise(
@@ -630,10 +683,10 @@ def test_conditions_take_numbers_as_they_are_and_a_sample_of_tensors() -> None:
 
 
 def test_every_picture_of_a_batch_has_a_sample_of_its_own() -> None:
-    conditions = Conditions(("control", "scale"))
-    control, scale = torch.stack([torch.zeros(40, 40), torch.ones(40, 40)]), torch.ones(7)
-    _, (rows, whole) = conditions.read({"control": [control], "scale": scale}, 2)
-    assert rows.shape == (2, 1024) and whole.shape == (1, 7)
+    conditions = Conditions(("control", "hints"))
+    control, hints = torch.stack([torch.zeros(40, 40), torch.ones(40, 40)]), torch.ones(3, 7)
+    _, (rows, whole) = conditions.read({"control": [control], "hints": hints}, 2)
+    assert rows.shape == (2, 1024) and whole.shape == (1, 21)
     assert not rows[0].any() and rows[1].all()
     across = control.transpose(1, 2).expand(2, 40, 40)[:, ::2]  # not dense
     (strided,) = conditions.read({"control": [across]}, 2)[1]
@@ -641,11 +694,36 @@ def test_every_picture_of_a_batch_has_a_sample_of_its_own() -> None:
 
 
 def test_a_samples_elements_are_kept_though_the_caller_writes_over_them() -> None:
-    conditions, scale = Conditions(("scale",)), torch.ones(4)
-    _, (before,) = conditions.read({"scale": scale}, 1)
-    scale.zero_()
-    _, (after,) = conditions.read({"scale": scale}, 1)
+    conditions, control = Conditions(("control",)), torch.ones(1, 4)
+    _, (before,) = conditions.read({"control": control}, 1)
+    control.zero_()
+    _, (after,) = conditions.read({"control": control}, 1)
     assert float(before.sum()) == 4 and float(after.sum()) == 0
+
+
+def test_numbers_in_a_tensor_are_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    wait = Readback.wait
+    monkeypatch.setattr(Readback, "wait", lambda self: read.append(1) or wait(self))
+    scale = torch.ones(3)
+    conditions = Conditions(("scale",))
+    first = [conditions.read({"scale": scale}, 1) for _ in range(4)]
+    assert len(read) == 1 and all(each == first[0] for each in first) and not first[0][1]
+    scale[1] = 0.5
+    assert conditions.read({"scale": scale}, 1) != first[0] and len(read) == 2
+    assert conditions.read({"scale": torch.ones(3)}, 1) == first[0] and len(read) == 3
+
+
+def test_loras_that_were_unloaded_are_not_kept_alive() -> None:
+    model = build("flux")
+    put_on_lora(model)
+    apply_dicache(model, ALWAYS)
+    for inputs in calls("flux", 4):
+        model(**inputs)
+    layers = [weakref.ref(m) for m in model.modules() if hasattr(m, "lora_A")]
+    model.unload_lora()
+    gc.collect()
+    assert layers and not any(ref() for ref in layers)
 
 
 def test_pipelines_without_such_things_pay_nothing() -> None:

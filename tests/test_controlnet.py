@@ -28,13 +28,13 @@ WIDTH, TOKENS = 24, 16
 
 
 def controlled_calls(name: str, counts: dict[str, int], num_steps: int) -> list[dict[str, Any]]:
+    """Residuals that differ a little from step to step, as a ControlNet's do."""
     generator = torch.Generator().manual_seed(7)
     steps = calls(name, num_steps)
-    for inputs in steps:
-        for kind, count in counts.items():
-            inputs[f"controlnet_{kind}_samples"] = [
-                torch.randn(2, TOKENS, WIDTH, generator=generator) for _ in range(count)
-            ]
+    for kind, count in counts.items():
+        first, way = torch.randn(2, count, 2, TOKENS, WIDTH, generator=generator)
+        for index, inputs in enumerate(steps):
+            inputs[f"controlnet_{kind}_samples"] = [*(first + 0.1 * index * way)]
     return steps
 
 

@@ -145,7 +145,7 @@ class Prompt:
     """
 
     def __init__(self) -> None:
-        self._ref: Callable[[], Tensor | None] = _nothing
+        self._ref: Callable[[], Tensor | None] | None = None
         self._writes = 0
         self._sample: Tensor | None = None
         self._entries: list[Tensor] = []  # samples of the entries' prompts
@@ -153,7 +153,7 @@ class Prompt:
     def note(self, prompt: Tensor) -> None:
         """A call has this prompt."""
         writes = 0 if prompt.is_inference() else prompt._version
-        if self._ref() is prompt and self._writes == writes:
+        if self._ref is not None and self._ref() is prompt and self._writes == writes:
             return
         self._ref, self._writes = weakref.ref(prompt), writes
         self._sample = rows_of(prompt, prompt.shape[0] if prompt.dim() > 2 else 1)
@@ -164,7 +164,9 @@ class Prompt:
         others = [each for each in self._entries if each is not now]
         if now is None or not others:
             return None
-        moves = [_distance(now, each) for each in others]
+        if any(each.shape != now.shape for each in others):
+            return torch.full((1,), math.inf)
+        moves = [_norms(now - each) / _norms(each) for each in others]
         return moves[0] if len(moves) == 1 else torch.maximum(*moves)
 
     @staticmethod
@@ -191,17 +193,6 @@ def _look_at(samples: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
 def _norms(sample: Tensor) -> Tensor:
     """[rows] fp32 of [rows, n]."""
     return torch.linalg.vector_norm(sample, dim=1, dtype=torch.float32)
-
-
-def _distance(now: Tensor, then: Tensor) -> Tensor:
-    """[rows], relative; infinite where the tensors are of another kind."""
-    if now.shape != then.shape:
-        return now.new_full((now.shape[0],), math.inf, dtype=torch.float32)
-    return _norms(now - then) / _norms(then)
-
-
-def _nothing() -> None:
-    return None
 
 
 def _differ(some: list[float], others: list[float], largest_ratio: float) -> bool:

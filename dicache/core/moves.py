@@ -8,11 +8,14 @@ Nobody has to say so: the tokens show it, whoever adds the noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+# Of the tokens' norm; below it the moves may be no more than what bf16 rounds.
+_SMALLEST_MOVE = 0.02
 # On three trained models, 4 to 30 steps: 0.85 or more with Euler, UniPC and DPM++, 0.4 down to -0.5
 # with samplers that add noise.
 _SMALLEST_COSINE = 0.4
@@ -39,18 +42,19 @@ class FirstMoves:
         self._tokens.append(tokens)
 
     def ask(self) -> Tensor | None:
-        """(cosine of the two moves, ratio of their lengths) on the device, once it is known."""
+        """Inner products of both moves and the tokens, [3, 3] on the device; `None` before that."""
         if self._is_over or len(self._tokens) < 3:
             return None
-        first, second, third = self._tokens
+        tokens = torch.stack(self._tokens)
         self._tokens, self._is_over = [], True
-        one, other = second - first, third - second
-        length, other_length = torch.linalg.vector_norm(one), torch.linalg.vector_norm(other)
-        cosine = torch.dot(one, other) / (length * other_length)
-        return torch.stack([cosine, other_length / length])
+        vectors = torch.cat([tokens.diff(dim=0), tokens[2:]])
+        return vectors @ vectors.T
 
     @staticmethod
-    def are_noise(numbers: Sequence[float]) -> bool:
-        """Whether the moves were of new noise, by the answer to `ask`."""
-        cosine, ratio = numbers
-        return cosine < _SMALLEST_COSINE and _AS_LONG[0] < ratio < _AS_LONG[1]
+    def are_noise(numbers: Sequence[Sequence[float]]) -> bool:
+        """Whether the moves were of new noise, by the answer to `ask`; NaN is none."""
+        (first, product, _), (_, second, _), (_, _, tokens) = numbers
+        if not min(first, second) > _SMALLEST_MOVE**2 * tokens:
+            return False
+        is_as_long = _AS_LONG[0] ** 2 < second / first < _AS_LONG[1] ** 2
+        return is_as_long and product < _SMALLEST_COSINE * math.sqrt(first * second)

@@ -25,8 +25,8 @@ def rows_of(tensor: Tensor, rows: int) -> Tensor:
         rows = 1
     count = tensor.numel() // rows
     if count <= SIZE:
-        return tensor.clone().reshape(rows, count)
-    return torch.take(tensor, _choice(count, rows, tensor.device))
+        return tensor.reshape(rows, count).clone()
+    return torch.take(tensor, places(count, rows, tensor.device))
 
 
 def sample_of(tensor: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ def sample_of(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _choice(count: int, rows: int, device: torch.device) -> Tensor:
-    """[rows, SIZE] places; hashed from 0, 1, 2, ... where the tensor is: a copy would wait."""
-    places = torch.arange(SIZE, device=device) * 0x9E3779B97F4A7C1
-    places = (places ^ (places >> 29)) * 0x3F58476D1CE4E5B9
-    chosen = ((places ^ (places >> 32)) & 0x3FFFFFFFFFFFFFFF) % count
+def places(count: int, rows: int, device: torch.device) -> Tensor:
+    """Places of elements [rows, SIZE], hashed from 0, 1, ... on the device: a copy would wait."""
+    mixed = torch.arange(SIZE, device=device) * 0x9E3779B97F4A7C1
+    mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
+    chosen = ((mixed ^ (mixed >> 32)) & 0x3FFFFFFFFFFFFFFF) % count
     return chosen + count * torch.arange(rows, device=device)[:, None]

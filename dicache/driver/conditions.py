@@ -1,18 +1,20 @@
 """What of a call's arguments changes what blocks behind the probe compute, where it sees nothing.
 
-Numbers, names and block lists are taken as they are: any change of them is one. Of tensors that are
-added to the tokens between blocks, which change a little in every step, a sample is taken for
-`core.behind` to compare.
+Numbers, names and block lists are taken as they are, also numbers in a tensor: any change of them
+is one. Of tensors that are added to the tokens between blocks, which change a little in every step,
+a sample is taken for `core.behind` to compare.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.readback import Readback
 from ..core.sample import rows_of
 
 
@@ -25,6 +27,7 @@ class Conditions:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
+        self._read: dict[str, tuple[weakref.ref[Tensor], int, Hashable]] = {}
 
     def read(self, arguments: Mapping[str, Any], batch: int) -> tuple[Hashable, tuple[Tensor, ...]]:
         """What has to stay as it is, and samples [rows, n] of what has to stay alike.
@@ -39,13 +42,24 @@ class Conditions:
                 continue
             state.append(name)
             tensors = _added_tensors(value)
-            if tensors:
+            if isinstance(value, Tensor) and value.dim() < 2:
+                state.append(self._numbers_in(name, value))
+            elif tensors:
                 sample = _sample_of_all(tensors, batch)
                 state.append(tuple(sample.shape))
                 samples.append(sample)
             else:
                 state.append(_plain(value))
         return tuple(state), tuple(samples)
+
+    def _numbers_in(self, name: str, tensor: Tensor) -> Hashable:
+        """A tensor's numbers; it is waited for once, not in every step."""
+        writes = 0 if tensor.is_inference() else tensor._version
+        known = self._read.get(name)
+        if known is None or known[0]() is not tensor or known[1] != writes:
+            numbers = Readback(tensor.reshape(-1)).wait()[0]
+            self._read[name] = known = (weakref.ref(tensor), writes, tuple(numbers))
+        return known[2]
 
 
 def _sample_of_all(tensors: list[Tensor], batch: int) -> Tensor:
