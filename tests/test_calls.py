@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from helpers import mask
 from tiny_models import build, calls
 from tiny_pipelines import pipeline, run
 from torch import nn
@@ -162,6 +163,33 @@ def test_a_pipeline_that_follows_an_aborted_one_reuses_nothing_of_it(aborted_aft
     run("flux", other, num_steps=6)
     handle.remove()
     assert first_calls[0] == "C"
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen-image", "hunyuan-video"])
+@pytest.mark.parametrize("aborted_after", [0, 3, 5])
+def test_such_a_pipeline_has_a_run_of_its_own_also_where_its_first_steps_are_computed(
+    family: str, aborted_after: int
+) -> None:
+    """Then nothing is read in its first call that could tell that it is another run's."""
+    answers = []
+    for is_aborted in (False, True):
+        bound = pipeline(family)
+        other = pipeline(family, transformer=bound.transformer)
+        other.scheduler = copy.deepcopy(bound.scheduler)
+        rules = {"threshold": float("inf"), "retention_ratio": 0.4, "num_inference_steps": 10}
+        apply_dicache(bound, DiCacheConfig(**rules))
+
+        def abort(pipe: Any, index: int, *_: Any) -> Any:
+            if index == aborted_after:
+                raise KeyError(index)
+            return {}
+
+        if is_aborted:
+            with pytest.raises(KeyError):
+                run(family, bound, num_steps=10, seed=1, callback_on_step_end=abort)
+        answers.append(run(family, other, num_steps=10))
+        assert mask(get_stats(bound)["transformer"].contexts["cond"])[-1] == "C"
+    assert torch.equal(*answers)
 
 
 def test_the_first_timestep_in_thousandths_is_not_taken_for_the_last():

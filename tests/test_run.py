@@ -265,6 +265,21 @@ def test_the_last_step_is_the_last_of_every_branch(branches: list[str]) -> None:
     ]
 
 
+@pytest.mark.parametrize("shared", [(0, 1), (3, 4), (5, 6), (8, 9)], ids=str)
+def test_steps_that_share_a_rounded_moment_count_for_the_last_one(shared: tuple[int, int]) -> None:
+    notes = Notes(num_steps=10)
+    moments = [20 - (shared[0] if step in shared else step) for step in range(10)]
+    notes(*(Where("cond", moment=each, timestep=each, is_rounded=True) for each in moments))
+    assert notes.visits[-1].is_last
+
+
+def test_a_run_that_began_unnoticed_has_its_last_step_all_the_same() -> None:
+    notes = Notes(num_steps=4)
+    notes(Where("cond", begins=True, missed=1, moment=8), Where("cond", moment=7))
+    notes(Where("cond", moment=6))
+    assert notes.steps == [1, 2, 3] and notes.visits[-1].is_last
+
+
 def test_a_branch_that_begins_late_has_the_runs_last_step_all_the_same() -> None:
     notes = Notes(num_steps=3)
     late = Where("late", moment=3)
@@ -323,6 +338,35 @@ def test_prompts_without_end_take_no_memory_without_end() -> None:
         notes(*(Where(None, each, moment=9, timestep=9) for each in prompts))
     assert len(caught) == 1
     assert len(list(notes.timeline.run.branches)) == MOST_BRANCHES
+
+
+def test_prompts_that_come_and_go_beside_one_that_stays_have_no_more_names() -> None:
+    notes, stays = Notes(num_steps=4), Prompt()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(200):
+            passing = Prompt()
+            notes(*(Where(None, each, moment=9, timestep=9) for each in (stays, passing)))
+            del passing
+            gc.collect()
+    assert len({*notes.branches}) <= MOST_BRANCHES + 1
+
+
+def test_names_without_end_leave_nothing_behind() -> None:
+    notes = Notes(num_steps=9)
+    with pytest.warns(DiCacheWarning, match=f"more than {MOST_BRANCHES} times a step"):
+        notes(*(Where(f"tile {k}", moment=9, timestep=9) for k in range(300)))
+    assert len(notes.timeline.run.branches._groups) == MOST_BRANCHES
+    assert notes.branches[MOST_BRANCHES:] == [UNTOLD] * (300 - MOST_BRANCHES)
+
+
+def test_requests_that_displace_each_other_do_not_add_up() -> None:
+    notes = Notes(num_steps=1)
+    for _ in range(100):
+        notes.timeline.visit(Where("cond", Prompt(), moment=9, timestep=9))
+    for _ in range(100):
+        notes.timeline.visit(Where("cond", Prompt(), moment=9, timestep=9, num_steps=9))
+    assert sum(map(len, notes.timeline.run.branches._displaced.values())) <= 2
 
 
 def test_one_step_requests_are_runs_and_no_branches() -> None:

@@ -6,10 +6,11 @@ timesteps that do not move.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTXI2VLongMultiPromptPipe
 from diffusers.schedulers import LTXEulerAncestralRFScheduler
 from helpers import mask, masks
 from tiny_models import build, calls
-from tiny_pipelines import pipeline, run, text
+from tiny_pipelines import PIPELINES, pipeline, run, text
 from torch import Tensor
 
 from dicache import (
@@ -294,6 +295,86 @@ def test_tokens_are_looked_at_only_where_nobody_knows_the_sampler() -> None:
                         step.probe(x, x + 1)
                     step.reuse(x) if step.action == "reuse" else step.record(x, x + 1, x + 2)
         assert mask(session.stats.contexts["cond"]) == "CRRRR"
+
+
+# --- more than one scheduler, or state of one ----------------------------------------------------
+
+
+def side_by_side(pipe: Any, kind: str, contexts: bool, seeds: tuple[int, ...]) -> list[Tensor]:
+    """Pictures in lockstep, each with a state of the scheduler's, or a scheduler, of its own."""
+    scheduler, shape = pipe.scheduler, calls("flux", 2, batch=1)[0]
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0.1, 10).tolist())
+    scheduler.set_begin_index(0)
+    latents = [torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(k)) for k in seeds]
+    states = [copy.deepcopy(vars(scheduler)) for _ in seeds]
+    own = [copy.deepcopy(scheduler) for _ in seeds]
+    for time in scheduler.timesteps:
+        for k, latent in enumerate(latents):
+            if kind == "states":
+                vars(scheduler).update(states[k])
+            else:
+                pipe.scheduler = own[k]
+            inputs = {**shape, "hidden_states": latent, "timestep": time[None] / 1000}
+            with pipe.transformer.cache_context("cond") if contexts else nullcontext():
+                velocity = pipe.transformer(**inputs)[0]
+            latents[k] = pipe.scheduler.step(velocity, time, latent, return_dict=False)[0]
+            states[k] = copy.deepcopy(vars(scheduler))
+    return latents
+
+
+@pytest.mark.parametrize("contexts", [True, False])
+@pytest.mark.parametrize("kind", ["states", "schedulers"])
+def test_pictures_in_lockstep_are_one_run_whoever_counts_their_steps(
+    kind: str, contexts: bool
+) -> None:
+    pipe = pipeline("flux")
+    apply_dicache(pipe, DiCacheConfig(schedule="CCCRRRCRRC"))
+    with told():
+        made = side_by_side(pipe, kind, contexts, (0, 1))
+    assert list(masks(pipe).values()) == ["CCCRRRCRRC"] * 2
+    remove_dicache(pipe)
+    apply_dicache(pipe, DiCacheConfig(schedule="CCCRRRCRRC"))
+    for seed, picture in enumerate(made):
+        (alone,) = side_by_side(pipe, kind, contexts, (seed,))
+        assert torch.equal(picture, alone)
+
+
+def test_a_run_that_was_given_up_in_its_first_step_leaves_nothing_to_the_next() -> None:
+    """Both have equal timesteps, and one prompt: the next one looks like a call beside it."""
+    answers = []
+    for is_aborted in (False, True):
+        pipe = pipeline("flux")
+        apply_dicache(pipe, DiCacheConfig(threshold=math.inf, retention_ratio=0.4))
+        if is_aborted:
+            with pytest.raises(KeyError):
+                run("flux", pipe, 10, seed=1, callback_on_step_end=lambda *_: {}["abort"])
+        answers.append(run("flux", pipe, 10))
+        assert masks(pipe)["cond"].endswith("RC")
+    assert torch.equal(*answers)
+
+
+def test_timesteps_in_a_list_are_left_alone() -> None:
+    pipe = pipeline("flux")
+    pipe.scheduler.timesteps = [1.0, 0.5]
+    apply_dicache(pipe, DiCacheConfig(**ALWAYS, num_inference_steps=6))
+    for inputs in calls("flux", 6):
+        pipe.transformer(**inputs)
+    assert masks(pipe) == {"branch0": "CRRRRC"}
+
+
+@pytest.mark.parametrize("num_steps", [30, 100])
+def test_timesteps_that_bf16_makes_equal_do_not_hide_the_last_step(num_steps: int) -> None:
+    """On a bare transformer, where they are all that tells a step from a call."""
+    pipe = pipeline("flux", scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.transformer.to(torch.bfloat16)
+    apply_dicache(pipe.transformer, DiCacheConfig(**ALWAYS, num_inference_steps=num_steps))
+    given = PIPELINES["flux"].arguments()
+    half = {k: v.bfloat16() for k, v in given.items() if isinstance(v, Tensor)}
+    with told():
+        run("flux", pipe, num_steps, **half)
+    steps = masks(pipe)
+    assert steps["cond"].endswith("RC")
+    assert (len(steps) > 1) == (num_steps == 100)  # neighbours do round to one number there
 
 
 # --- one step, equal timesteps, many prompts -----------------------------------------------------

@@ -29,6 +29,7 @@ class Branch(Generic[State]):
         next_step: Index of its next step.
         moment: Of its last call.
         timestep: Of its last step.
+        seen_at: How many moments the run had with its last call.
         is_settled: Whether its history is certainly its own, as its last call showed.
         is_kept: Whether its last call may become a part of its history.
     """
@@ -41,6 +42,7 @@ class Branch(Generic[State]):
         "name",
         "next_step",
         "place",
+        "seen_at",
         "state",
         "timestep",
     )
@@ -51,6 +53,7 @@ class Branch(Generic[State]):
         self.born = where.moment
         self.moment: Hashable = None
         self.timestep: float | None = None
+        self.seen_at = 0
         self.is_settled = self.is_kept = True
 
 
@@ -69,13 +72,14 @@ class Group(Generic[State]):
         layout: Of the calls.
         moment: Of the last call.
         changes: How often the number of calls in a step changed.
+        num_calls: Calls in all.
     """
 
     def __init__(self, rank: int, where: Where) -> None:
         self.rank = rank
         self.branches: list[Branch[State]] = []
         self.moment: Hashable = None
-        self.changes = 0
+        self.changes = self.num_calls = 0
         self._calls = 0  # in the present moment
         self._counts = (0, 0)  # in the moment before the last one, and in the last one
         self.take(where)
@@ -102,6 +106,7 @@ class Group(Generic[State]):
     def next_branch(self, moment: Hashable) -> Branch[State] | None:
         """The branch of a call in this moment; `None` if its step never had so many calls."""
         branches, place = self.branches, 0
+        self.num_calls += 1
         if moment is not None:
             if moment != self.moment:
                 before, last = self._counts = (self._counts[1], self._calls)
@@ -140,6 +145,7 @@ class Branches(Generic[State]):
         self._missed = missed
         self._groups: dict[str | None, list[Group[State]]] = {}
         self._num_names: dict[str | None, int] = {}  # that were given
+        self._free_names: list[str] = []  # of branches that nobody named and that are gone
         self._displaced: dict[str | None, list[weakref.ref[object]]] = {}
 
     def __iter__(self) -> Iterator[Branch[State]]:
@@ -163,25 +169,33 @@ class Branches(Generic[State]):
         """The groups that have a call's prompt, in whatever layout."""
         return [group for group in self._groups.get(where.context, ()) if group.has_prompt(where)]
 
-    def group_for(self, where: Where) -> tuple[Group[State], bool]:
-        """A group for what `find` does not know, and whether that means that a branch was lost."""
-        groups, was_lost = self._groups.setdefault(where.context, []), False
+    def group_for(self, where: Where) -> tuple[Group[State] | None, bool]:
+        """A group for what `find` does not know, and whether that means that a branch was lost.
+
+        There is none where there are too many already.
+        """
+        groups, was_lost = self._groups.get(where.context, []), False
         if where.context is not None and not self._is_displaced(where):
             group = _to_take(groups, where)
             if group is not None:  # pipelines may make a new embedding in every step
                 group.take(where)
                 return group, False
         elif where.context is None and any(group.is_gone for group in groups):
+            gone = [each for group in groups if group.is_gone for each in group.branches]
+            self._free_names += [branch.name for branch in gone]
             groups[:] = [group for group in groups if not group.is_gone]
             was_lost = True
+        if self._are_enough:
+            return None, was_lost
         groups.append(Group(len(groups), where))
+        self._groups[where.context] = groups
         return groups[-1], was_lost
 
     def add(
         self, group: Group[State], where: Where, make_state: Callable[[str], State]
     ) -> Branch[State] | None:
         """A branch for a call of a group that has none for it; `None` if there are too many."""
-        if sum(1 for _ in self) >= MOST_BRANCHES:
+        if self._are_enough:
             return None
         name = self._name(where.context)
         branch = group.add(name, make_state(name), where)
@@ -226,7 +240,13 @@ class Branches(Generic[State]):
         """Those of another run were broken off where this one began, and may go on beside it."""
         for context, groups in others._groups.items():
             known = [*others._displaced.get(context, []), *(group.ref for group in groups)]
-            self._displaced[context] = [ref for ref in known if ref is not None]
+            self._displaced[context] = [
+                ref for ref in known if ref is not None and ref() is not None
+            ]
+
+    @property
+    def _are_enough(self) -> bool:
+        return sum(1 for _ in self) >= MOST_BRANCHES
 
     def _is_displaced(self, where: Where) -> bool:
         known = self._displaced.get(where.context, ())
@@ -234,6 +254,8 @@ class Branches(Generic[State]):
 
     def _name(self, context: str | None) -> str:
         """A name for one more branch of a context: cond, cond#2, ...; or branch0, branch1, ..."""
+        if context is None and self._free_names:
+            return self._free_names.pop(0)
         number = self._num_names.get(context, 0)
         self._num_names[context] = number + 1
         if context is None:

@@ -23,6 +23,8 @@ class Context:
         computes_in: State of what lies behind the probe, in which the trajectory's entries are.
         has_history: Whether the last step was ended by reuse or record.
         to_compute: Steps that are computed before one is judged again.
+        on_its_own: Steps that have to be recorded before another branch decides for this one: the
+            other one knows nothing of a trajectory that spans a pause.
         has_gradients: Whether the last step that was recorded had gradients.
         added, prompt: Watch what tokens meet behind the probe.
         moves: Watches where the tokens go in the run's first steps.
@@ -34,6 +36,7 @@ class Context:
         self.trajectory: Trajectory | None = None
         self.has_history = False
         self.to_compute = 0
+        self.on_its_own = 0
         self.has_gradients = False
         self.computes_in: Hashable = None
         self.added, self.prompt, self.moves = Added(), Prompt(), FirstMoves()
@@ -82,5 +85,6 @@ class Context:
         """A step was recorded, with these tokens at the end."""
         self.has_gradients = y.requires_grad
         self.to_compute = max(self.to_compute - 1, 0)
+        self.on_its_own = max(self.on_its_own - 1, 0)
         self.added.note_entry()
         self.prompt.note_entry()

@@ -41,6 +41,7 @@ class Visit(Generic[State]):
         size: N (t_prev - t) / t_first: the step's size relative to the run's mean; 1 if unknown.
         is_settled: Whether the branch's history is certainly its own.
         is_kept: Whether the call may become a part of its branch's history.
+        has_paused: Whether the run went on without the branch since its last call.
         siblings: The branches of one prompt, where it has several calls a step: this one is among
             them by its order.
     """
@@ -52,6 +53,7 @@ class Visit(Generic[State]):
     size: float = 1.0
     is_settled: bool = False
     is_kept: bool = False
+    has_paused: bool = False
     siblings: list[Branch[State]] | None = None
 
 
@@ -97,7 +99,7 @@ class Timeline(Generic[State]):
         goes_back = is_timed and self._clock.goes_back(where.timestep)
         run = self._runs.get(where.run)
         if run is None:
-            return self._begin(None, where, steps, 0)
+            return self._begin(None, where, steps, where.missed)
         group = run.branches.find(where)
         cause = self._ends(run, where, steps, goes_back, group)
         if cause is None:
@@ -105,7 +107,7 @@ class Timeline(Generic[State]):
         self._note_the_end(run, cause, where)
         if is_timed and cause not in (_TIMESTEP_WENT_BACK, _OTHER_DIRECTION):
             self._clock.begin(where.timestep)
-        missed = self._clock.missed if cause is _OTHER_DIRECTION else 0
+        missed = self._clock.missed if cause is _OTHER_DIRECTION else where.missed
         return self._begin(run, where, steps, missed)
 
     def restart(self, run: Run[State], where: Where) -> Visit[State]:
@@ -181,7 +183,8 @@ class Timeline(Generic[State]):
         first = where.timestep if where.first_timestep is None else where.first_timestep
         run: Run[State] = Run(steps, first, missed)
         if ended is not None and where.moment is not None and ended.moment == where.moment:
-            run.branches.displace(ended.branches)
+            if not ended.is_full:
+                run.branches.displace(ended.branches)
         return self._go_on(run, where, None)
 
     def _go_on(self, run: Run[State], where: Where, group: Group[State] | None) -> Visit[State]:
@@ -222,10 +225,15 @@ class Timeline(Generic[State]):
         if is_last is None:
             last = -1 if run.num_steps is None else run.num_steps - 1
             is_last = index == last or run.moments - 1 == last
+            if where.is_rounded and run.missed + group.num_calls == last + 1:
+                is_last = True  # steps that shared a moment were taken for calls of one
         size = 1.0 if self._clock.ascends else _size(run, branch.timestep, where.timestep)
-        branch.moment, branch.timestep = where.moment, where.timestep
+        has_paused = index > 0 and run.moments - branch.seen_at > 1
+        branch.moment, branch.timestep, branch.seen_at = where.moment, where.timestep, run.moments
         siblings = group.branches if len(group.branches) > 1 else None
-        return Visit(run, branch, index, is_last, size, is_settled, branch.is_kept, siblings)
+        return Visit(
+            run, branch, index, is_last, size, is_settled, branch.is_kept, has_paused, siblings
+        )
 
 
 class Run(Generic[State]):
@@ -352,7 +360,9 @@ _TAKING_TURNS = (
 )
 _OTHER_NUMBER_OF_CALLS = (
     "The transformer is called several times a step with one prompt, and the number of these calls "
-    "changed, so it cannot be told which is which. They are computed until their number stays."
+    "changed, so it cannot be told which is which. They are computed until their number stays. "
+    "Calls at one timestep are one step; where steps share a rounded timestep, apply the cache to "
+    "the pipeline, whose scheduler tells them apart."
 )
 _TOO_MANY = (
     f"The transformer is called more than {MOST_BRANCHES} times a step (calls at one timestep are "

@@ -91,6 +91,8 @@ class Step:
         self._rules = context.rules
         if not (visit.is_settled and context.has_history):
             context.drop_entries()
+        if visit.has_paused:
+            context.on_its_own = 2
         if context.computes_in != self.where.computes_in:
             context.change_state(self.where.computes_in)
         self._note_surroundings()
@@ -296,7 +298,8 @@ class Step:
 
     def _consider_check(self, value: float) -> None:
         check = self.where.check
-        if check is not None and self._decision.reuses_any and not check.holds(value):
+        if check is not None and not check.holds(value):
+            self.where = self.where.without_place(value)
             self._begin_run()
 
     def _consider_added(self, numbers: list[Any]) -> None:
@@ -308,7 +311,7 @@ class Step:
         if self._context.prompt.has_changed(numbers):
             self._begin_anew()
 
-    def _consider_moves(self, numbers: list[float]) -> None:
+    def _consider_moves(self, numbers: list[list[float]]) -> None:
         if self._context.moves.are_noise(numbers):
             self._visit.run.is_noisy = True
             if self._is_too_noisy():
@@ -362,7 +365,8 @@ class Step:
         """What the gates say to (error, gamma) of every sample and, in the last row, the batch."""
         rules, context, visit = self._rules, self._context, self._visit
         branch, leader = visit.branch, None
-        if rules.shares_decisions and branch is not None and len(self.stats.contexts) > 1:
+        may_follow = rules.shares_decisions and not context.on_its_own
+        if may_follow and branch is not None and len(self.stats.contexts) > 1:
             leader = visit.run.branches.leader_of(branch, self.where)
         if rules.by_sample:
             follows, leaders = None, None
@@ -515,8 +519,9 @@ _UNKNOWN_LENGTH = (
 )
 _OTHER_ORDER = (
     "The transformer is called several times a step with one prompt, and in another order than in "
-    "the step before: such calls are computed. Call it for the parts of a picture always in the "
-    "same order, or wrap each part's calls in a `cache_context` of its own name."
+    "the step before, or by a scheduler that evaluates twice a step: such calls are computed. Call "
+    "it for the parts of a picture always in the same order, or wrap each part's calls in a "
+    "`cache_context` of its own name. A cache that is applied to the pipeline knows its scheduler."
 )
 _NOISE = (
     "The scheduler, or whoever calls the transformer, adds new noise in every step, so that none "

@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 class Check(NamedTuple):
-    """A number that is still on the device, and what it has to be.
+    """A call's timestep that is still on the device, and what it has to be.
 
     It is read along with a step's decision. Where `holds` denies it, the call is of another run
     than the session was told, and the step is computed, as the first one of a new run.
 
     Attributes:
-        value: Of its elements the largest one is the number.
-        holds: Whether a number is the right one.
+        value: Of its elements the largest one is the timestep.
+        holds: Whether a timestep is the right one.
     """
 
     value: Tensor
@@ -40,9 +40,11 @@ class Where(NamedTuple):
         run: Calls with the same key are of one run (a request, a pipeline's call). `None` is the
             one run of callers who have one at a time; where it ends is found out.
         begins: Whether a new run begins for certain.
+        missed: Steps of the run that begins here which nobody noticed before.
         moment: Calls with the same moment are in one step. Several of one branch are then no
             further steps of it (tiles, windows, averages) but have a history each, in the order of
             their calls. `None`: every call of a branch is a step.
+        is_rounded: Whether the moment is a number so rounded that neighbouring steps may share it.
         position: The step's place in the whole run, from 0. One that moved back begins a new run.
         num_steps: Number N of steps of the run; `None` takes the configuration's. Another one than
             before begins a new run.
@@ -69,7 +71,9 @@ class Where(NamedTuple):
     layout: Hashable = None
     run: Hashable = None
     begins: bool = False
+    missed: int = 0
     moment: Hashable = None
+    is_rounded: bool = False
     position: int | None = None
     num_steps: int | None = None
     is_last: bool | None = None
@@ -80,3 +84,16 @@ class Where(NamedTuple):
     behind: tuple[Tensor, ...] = ()
     check: Check | None = None
     is_noisy: bool | None = False
+
+    def without_place(self, timestep: float) -> Where:
+        """The same call, of which nothing but its timestep is known to tell where it stands."""
+        return self._replace(
+            begins=False,
+            missed=0,
+            moment=timestep,
+            position=None,
+            is_last=None,
+            timestep=timestep,
+            first_timestep=None,
+            check=None,
+        )

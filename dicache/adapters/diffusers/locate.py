@@ -25,6 +25,9 @@ from .schedule import NOWHERE, Schedule
 _BRANCHES_IN_BATCH = "cond_uncond"
 
 
+_HALF = (torch.bfloat16, torch.float16)
+
+
 class ContextReader(StateManager):
     """What the pipeline said with `cache_context(...)`; diffusers finds it by its base class."""
 
@@ -107,7 +110,9 @@ class DiffusersLocator:
             layout,
             None,
             place.begins,
+            place.missed,
             moment,
+            position is None and isinstance(given, Tensor) and given.dtype in _HALF,
             position,
             num_steps,
             is_last,

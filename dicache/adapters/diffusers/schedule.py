@@ -41,7 +41,7 @@ class Place(NamedTuple):
     """Where in a scheduler's timesteps a call is; `None` is what it does not tell.
 
     Attributes:
-        begins: Whether `set_timesteps` was called since the call before.
+        begins: Whether a run begins: `set_timesteps` was called since the call before.
         num_steps: Number of steps of the run.
         is_last: Whether this is the last one.
         position: Place in the run, from 0.
@@ -49,6 +49,7 @@ class Place(NamedTuple):
         first_timestep: Likewise, of the run's first step.
         check: The call's own timestep, which has to be that one.
         is_noisy: Whether the scheduler adds new noise in every step.
+        missed: Steps of a run that begins which are over already.
     """
 
     begins: bool = False
@@ -59,6 +60,7 @@ class Place(NamedTuple):
     first_timestep: float | None = None
     check: Check | None = None
     is_noisy: bool = False
+    missed: int = 0
 
 
 NOWHERE = Place()
@@ -102,17 +104,21 @@ class Schedule:
         self._scheduler = getattr(self.pipeline, "scheduler", self._scheduler)
         scheduler = self._scheduler
         timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is None:
+        if timesteps is None or isinstance(timesteps, (list, tuple)):  # some have a list at first
             return NOWHERE
         position = getattr(scheduler, "step_index", None)
         begins = self._timesteps is None or self._timesteps() is not timesteps
+        if begins and self._is_another_copy(timesteps, position):
+            begins = False
+            self._timesteps = weakref.ref(timesteps)
         if begins:
             self._begin_schedule(timestep, position)
+        was_idle = self._is_idle
         if self._stands_still(timestep, position):
             self._is_idle = True  # another pipeline runs, with a scheduler of its own
         self._last_seen = (timestep, position)
-        if self._is_idle:
-            return Place(begins)
+        if self._is_idle:  # its first step was taken for one of ours
+            return Place(begins or not was_idle, missed=int(not was_idle and not begins))
         begin = self._begin_of_run()
         is_last = None if position is None else position >= self._last_position
         num_steps = len(timesteps) - begin
@@ -141,6 +147,20 @@ class Schedule:
         """Where in the known timesteps the run began."""
         begin = getattr(self._scheduler, "begin_index", None)
         return self._begin if begin is None else int(begin)
+
+    def _is_another_copy(self, timesteps: Any, position: int | None) -> bool:
+        """Whether these are the timesteps that are known, of a picture in lockstep.
+
+        Pictures that are made side by side have a scheduler, or a state of one, each. It stands
+        where the last one did, or a step further.
+        """
+        if len(timesteps) != len(self._known) or len(timesteps) - self._begin_of_run() < 2:
+            return False
+        begin = self._begin_of_run()
+        now, last = (begin if each is None else each for each in (position, self._last_seen[1]))
+        if now - last not in (0, 1):
+            return False
+        return bool(Readback(torch.as_tensor(timesteps)).wait()[0] == self._known)
 
     def _begin_schedule(self, timestep: Any, position: int | None) -> None:
         """`set_timesteps` was called: a new run."""
