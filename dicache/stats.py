@@ -42,8 +42,8 @@ class RunStats:
     Attributes:
         contexts: The records of every context (`"cond"`, `"uncond"`, ...), in order of steps: the
             last 5,000 at least.
-        block_calls: Transformer blocks that ran, probes included; counted by the integration, 0
-            where a loop drives the session by itself.
+        block_calls: Transformer blocks that ran, probes included; 0 where a loop drives the session
+            by itself.
         block_samples: The same, each call counted once for every sample that went through it.
         cache_tensors: Largest number of hidden-state sized tensors held at once, all contexts
             together.

@@ -603,7 +603,7 @@ def test_what_is_watched_does_not_grow() -> None:
 
 def is_another(watched: Prompt) -> bool | None:
     """What a probe would find out; `None` if there is nothing to be read."""
-    question = watched.ask()
+    question = watched.ask() if watched.has_moved else None
     return None if question is None else watched.has_changed(question.tolist())
 
 
@@ -646,11 +646,11 @@ def test_moves_that_point_against_each_other_are_noise(
 ) -> None:
     moves = FirstMoves()
     for step in steps:
-        assert moves.ask() is None
+        assert moves.are_wanted and not moves.are_due
         moves.note(torch.tensor(step, dtype=torch.float32))
-    question = moves.ask()
-    assert question is not None and moves.are_noise(question.tolist()) is expected
-    assert moves.ask() is None and not moves.wants_tokens
+    assert moves.are_due and not moves.are_wanted
+    assert moves.are_noise(moves.ask().tolist()) is expected
+    assert not moves.are_due and not moves.are_wanted
 
 
 def test_conditions_take_numbers_as_they_are_and_a_sample_of_tensors() -> None:

@@ -1,4 +1,4 @@
-"""The call tracker finds run, step and branch in every way that a caller gives them away.
+"""Run, step and branch of a call are found in every way that a caller gives them away.
 
 Where it cannot, the steps are computed. Offloading, which rewrites a model's `forward` behind the
 cache's back, leaves it alive.

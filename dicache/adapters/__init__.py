@@ -1,4 +1,4 @@
-"""What puts the cache into frameworks, a folder each, and the verbs that they share.
+"""What puts the cache into frameworks, a folder each, and the verbs.
 
 The functions here import a framework when they are called, not before.
 """

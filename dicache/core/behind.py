@@ -46,17 +46,16 @@ class Added:
 
     Between two calls it moves a little, as the tokens do. More than that is a change, and so is a
     norm that has drifted away from those of the trajectory's entries.
+
+    Attributes:
+        is_watching: Whether the last call added something.
     """
 
     def __init__(self) -> None:
+        self.is_watching = False
         self._last: tuple[Tensor, ...] = ()  # samples of the last call
         self._calls: list[_Call] = []  # the last two, and before them those that nobody read yet
         self._entries: list[_Call] = []  # those of the trajectory's entries, the older one first
-
-    @property
-    def is_watching(self) -> bool:
-        """Whether the last call added something."""
-        return bool(self._last)
 
     def note(self, samples: tuple[Tensor, ...]) -> None:
         """A call adds this.
@@ -69,7 +68,7 @@ class Added:
             self.clear()
         if samples:
             self._calls.append(_Call(_look_at(samples, self._last or samples)))
-        self._last = samples
+        self._last, self.is_watching = samples, bool(samples)
         self._trim()
 
     def ask(self) -> Tensor | None:
@@ -118,7 +117,7 @@ class Added:
 
     def clear(self) -> None:
         """Begin anew: nothing is known."""
-        self._last = ()
+        self._last, self.is_watching = (), False
         self._calls.clear()
         self._entries.clear()
 
@@ -142,9 +141,13 @@ class Prompt:
     Whoever exchanges it, or writes into it, is noticed by its identity, or by torch's count of
     writes; inference tensors have none. Pipelines may make a new one in every step, so it is the
     elements that say whether it is another prompt.
+
+    Attributes:
+        has_moved: Whether there may be something to `ask`.
     """
 
     def __init__(self) -> None:
+        self.has_moved = False
         self._ref: Callable[[], Tensor | None] | None = None
         self._writes = 0
         self._sample: Tensor | None = None
@@ -157,6 +160,7 @@ class Prompt:
             return
         self._ref, self._writes = weakref.ref(prompt), writes
         self._sample = rows_of(prompt, prompt.shape[0] if prompt.dim() > 2 else 1)
+        self.has_moved = bool(self._entries)
 
     def ask(self) -> Tensor | None:
         """How far each row is from the entries' prompts, [rows]; `None` if they are the same."""
@@ -178,10 +182,12 @@ class Prompt:
         """The last call becomes the trajectory's newest entry."""
         if self._sample is not None:
             self._entries = [*self._entries[-1:], self._sample]
+            self.has_moved = self._entries[0] is not self._sample
 
     def drop_entries(self) -> None:
         """There are no entries any more."""
         self._entries.clear()
+        self.has_moved = False
 
 
 def _look_at(samples: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:

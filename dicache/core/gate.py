@@ -18,6 +18,7 @@ class Gate:
         self.rules = rules
         self.accumulated_error = 0.0
         self.consecutive_reuse = 0
+        self._retained: tuple[int | None, int] = (None, 0)  # of a run of so many steps, so many
 
     def wants_probe(self, step: int, num_steps: int | None, is_last: bool) -> bool:
         """Whether the step is judged at all; otherwise it runs all blocks."""
@@ -28,7 +29,11 @@ class Gate:
             return False
         if rules.compute_last_step and is_last:
             return False
-        return num_steps is None or step >= rules.retained_steps(num_steps)
+        if num_steps is None:
+            return True
+        if self._retained[0] != num_steps:
+            self._retained = (num_steps, rules.retained_steps(num_steps))
+        return step >= self._retained[1]
 
     def decide(self, error: float, gamma: float, leader_reuses: bool | None = None) -> str:
         """ "reuse" or "resume" for a probed step; `accumulated_error` then holds what was compared.
@@ -50,7 +55,7 @@ class Gate:
         rules = self.rules
         if rules.schedule is not None:
             return True
-        if self._is_at_limit:
+        if rules.max_consecutive_reuse is not None and self._is_at_limit:
             return False
         equal = rules.reuse_at_threshold and self.accumulated_error == rules.threshold
         return equal or self.accumulated_error < rules.threshold

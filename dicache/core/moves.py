@@ -24,29 +24,29 @@ _AS_LONG = (1 / 3, 3.0)
 
 
 class FirstMoves:
-    """Watches the tokens x of the first three steps of one branch."""
+    """Watches the tokens x of the first three steps of one branch.
+
+    Attributes:
+        are_wanted: Whether to `note` the tokens of the step that runs.
+        are_due: Whether to `ask`.
+    """
 
     def __init__(self) -> None:
+        self.are_wanted, self.are_due = True, False
         self._tokens: list[Tensor] = []
-        self._is_over = False
-
-    @property
-    def wants_tokens(self) -> bool:
-        """Whether to `note` the step that runs."""
-        return not self._is_over and len(self._tokens) < 3
 
     def note(self, tokens: Tensor) -> None:
         """A step began with tokens x, of which this is a sample [n]."""
         if self._tokens and self._tokens[0].shape != tokens.shape:
             self._tokens.clear()
         self._tokens.append(tokens)
+        self.are_due = len(self._tokens) == 3
+        self.are_wanted = not self.are_due
 
-    def ask(self) -> Tensor | None:
-        """Inner products of both moves and the tokens, [3, 3] on the device; `None` before that."""
-        if self._is_over or len(self._tokens) < 3:
-            return None
+    def ask(self) -> Tensor:
+        """Inner products of both moves and the last tokens, [3, 3] on the device."""
         tokens = torch.stack(self._tokens)
-        self._tokens, self._is_over = [], True
+        self._tokens, self.are_due = [], False
         vectors = torch.cat([tokens.diff(dim=0), tokens[2:]])
         return vectors @ vectors.T
 

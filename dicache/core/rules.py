@@ -1,4 +1,4 @@
-"""`Rules`: a configuration with nothing left open, which everything below an adapter decides by."""
+"""`Rules`: a configuration with nothing left to find out, by which all below an adapter decides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..error_rules import ERROR_RULES, ErrorRule
 
 @dataclass(frozen=True)
 class Rules:
-    """`DiCacheConfig`, resolved once: numbers and rows instead of `None` and names.
+    """`DiCacheConfig`, resolved once: a threshold and the row of its error for every model.
 
     Attributes:
         config: The configuration, with its threshold filled in.

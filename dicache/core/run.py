@@ -103,7 +103,7 @@ class Timeline(Generic[State]):
         group = run.branches.find(where)
         cause = self._ends(run, where, steps, goes_back, group)
         if cause is None:
-            return self._go_on(run, where, group)
+            return self._visit(run, where, group)
         self._note_the_end(run, cause, where)
         if is_timed and cause not in (_TIMESTEP_WENT_BACK, _OTHER_DIRECTION):
             self._clock.begin(where.timestep)
@@ -171,7 +171,7 @@ class Timeline(Generic[State]):
         """
         if cause not in (_TIMESTEP_WENT_BACK, _OTHER_REQUEST) or not ended.had_few_steps:
             self._restless, self._told_of_turns = 0, False
-        elif ended.first_moment != _moment_of(where):
+        elif ended.first_moment != (where.timestep if where.moment is None else where.moment):
             self._restless += 1
 
     def _begin(
@@ -185,18 +185,16 @@ class Timeline(Generic[State]):
         if ended is not None and where.moment is not None and ended.moment == where.moment:
             if not ended.is_full:
                 run.branches.displace(ended.branches)
-        return self._go_on(run, where, None)
-
-    def _go_on(self, run: Run[State], where: Where, group: Group[State] | None) -> Visit[State]:
-        """The run of a call is now the one that rested least."""
-        self.run = run
-        if where.run is not None:
-            self._runs.pop(where.run, None)
         self._runs[where.run] = run
-        return self._visit(run, where, group)
+        return self._visit(run, where, None)
 
     def _visit(self, run: Run[State], where: Where, group: Group[State] | None) -> Visit[State]:
-        moment = _moment_of(where)
+        """Count a call of this run."""
+        self.run = run
+        if where.run is not None:  # it is now the one that rested least
+            self._runs.pop(where.run, None)
+            self._runs[where.run] = run
+        moment = where.timestep if where.moment is None else where.moment
         if moment != run.moment or run.moments == run.missed:
             run.moments += 1
             run.moment = moment
@@ -326,10 +324,6 @@ class Run(Generic[State]):
             self.warn("branches", _TOO_MANY)
         self._num_untold += 1
         return self._num_untold - 1
-
-
-def _moment_of(where: Where) -> Hashable:
-    return where.timestep if where.moment is None else where.moment
 
 
 def _size(run: Run[State], previous: float | None, now: float | None) -> float:

@@ -44,13 +44,13 @@ class Step:
         index: The step's place among its branch's, from 0.
         stats: Of its run.
         needs_probe: Whether to ask `probe`; `False` on a step that is computed anyway.
+        is_done: Whether it was ended by `reuse`, `record`, `discard` or `close`.
         rows: Where samples disagree, those whose remaining blocks have to run; else `None`.
     """
 
     __slots__ = (
         "_context",
         "_decision",
-        "_done",
         "_gamma",
         "_inputs",
         "_queued",
@@ -59,6 +59,7 @@ class Step:
         "_tokens",
         "_visit",
         "index",
+        "is_done",
         "name",
         "needs_probe",
         "rows",
@@ -86,7 +87,7 @@ class Step:
         self._queued: Tensor | None = None  # the reused tokens, where `probe` began with them
         self._inputs: Inputs | None = None  # x and p of a step that was resumed
         self._tokens: Tensor | None = None  # a sample of x, where it tells whose step it is
-        self._done = False
+        self.is_done = False
         context = self._context
         self._rules = context.rules
         if not (visit.is_settled and context.has_history):
@@ -122,8 +123,8 @@ class Step:
 
     def close(self) -> None:
         """Leave the step; what `with` does at its end."""
-        if not self._done:
-            self._done = True
+        if not self.is_done:
+            self.is_done = True
             for gate in self._context.gates:
                 gate.finish(reused=False)
 
@@ -135,15 +136,10 @@ class Step:
         Raises:
             RuntimeError: The step ended already.
         """
-        if self._done:
+        if self.is_done:
             raise RuntimeError("This step ended already. Open the next one with `session.step`.")
         self._be_computed()
         self._finish(is_kept=False)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it was ended by `reuse`, `record`, `discard` or `close`."""
-        return self._done
 
     @property
     def action(self) -> str:
@@ -167,7 +163,7 @@ class Step:
         Raises:
             RuntimeError: `needs_probe` is False, or the step was probed or ended already.
         """
-        if not self.needs_probe or self._done or self._decision is not COMPUTE:
+        if not self.needs_probe or self.is_done or self._decision is not COMPUTE:
             raise RuntimeError("This step takes no probe. Ask `step.needs_probe`, and probe once.")
         trajectory = self._trajectory_for(x, p)
         if not self.needs_probe:  # the layout was new: this is now the first step of a run
@@ -179,17 +175,22 @@ class Step:
         self._note_tokens(x)
         on_device, self._gamma = trajectory.measure(x, p)
         asked = self._questions()
-        readback = Readback(on_device, *[question for question, _ in asked])
+        readback = (
+            Readback(on_device, *[each for each, _ in asked]) if asked else Readback(on_device)
+        )
         if trajectory.runs_ahead and any(gate.may_reuse() for gate in self._context.gates):
             self._queued = trajectory.combine(x, self._gamma)
         numbers, *answers = readback.wait()
         self._decision = self._judge(numbers)
-        for (_, consider), answer in zip(asked, answers, strict=True):
-            consider(answer)
+        if asked:
+            for (_, consider), answer in zip(asked, answers, strict=True):
+                consider(answer)
         decision = self._decision
+        if decision.action == "reuse":
+            return decision
         if not decision.reuses_any:
             self._queued = None
-        elif decision.action != "reuse":  # samples disagree
+        else:  # samples disagree
             self.rows = [k for k, each in enumerate(decision.samples) if each.action != "reuse"]
             if self._queued is None:
                 self._queued = trajectory.combine(x, self._gamma)
@@ -201,7 +202,7 @@ class Step:
         Raises:
             RuntimeError: The decision is not `"reuse"`, or the step ended already.
         """
-        if self._decision.action != "reuse" or self._done:
+        if self._decision.action != "reuse" or self.is_done:
             raise RuntimeError(
                 f"A step can be reused once, after `probe` decided so. Its action is "
                 f"{self.action!r}. Run the blocks and call `record`."
@@ -224,7 +225,7 @@ class Step:
             RuntimeError: The step ended or was resumed already, or it needs a probe and was not
                 probed: what is kept lies where the trajectory's older entry was.
         """
-        is_open = not self._done and self._inputs is None
+        is_open = not self.is_done and self._inputs is None
         if not is_open or (self.needs_probe and self._decision is COMPUTE):
             raise RuntimeError(
                 "Only a step that is going to be computed is resumed, once, after `probe` if it "
@@ -258,7 +259,7 @@ class Step:
             RuntimeError: The step ended already, or `record(y)` follows no `resume`.
             ValueError: y has another number of samples than `rows`.
         """
-        if self._done:
+        if self.is_done:
             raise RuntimeError("This step ended already. Open the next one with `session.step`.")
         tokens = x if y is None else y
         if self._visit.is_kept:
@@ -282,16 +283,14 @@ class Step:
         """
         context, check = self._context, self.where.check
         asked: list[Question] = []
-        if self._visit.siblings:
+        if self._visit.siblings is not None:
             asked.append((self._distances(), self._consider_distances))
-        for ask, consider in (
-            (context.added.ask, self._consider_added),
-            (context.prompt.ask, self._consider_prompt),
-            (context.moves.ask, self._consider_moves),
-        ):
-            question = ask()
-            if question is not None:
-                asked.append((question, consider))
+        if context.added.is_watching and (added := context.added.ask()) is not None:
+            asked.append((added, self._consider_added))
+        if context.prompt.has_moved and (prompt := context.prompt.ask()) is not None:
+            asked.append((prompt, self._consider_prompt))
+        if context.moves.are_due:
+            asked.append((context.moves.ask(), self._consider_moves))
         if check is not None:
             asked.append((one_number(check.value), self._consider_check))
         return asked
@@ -324,12 +323,14 @@ class Step:
 
     def _note_tokens(self, x: Tensor) -> None:
         """Take a sample of x, once a step, where it tells something."""
-        has_siblings, moves = self._visit.siblings is not None, self._context.moves
-        shows_noise = self.where.is_noisy is None and moves.wants_tokens and not has_siblings
-        if self._tokens is None and (has_siblings or shows_noise):
+        siblings, moves = self._visit.siblings, self._context.moves
+        if self._tokens is not None or (siblings is None and not moves.are_wanted):
+            return
+        shows_noise = siblings is None and self.where.is_noisy is None
+        if siblings is not None or shows_noise:
             self._tokens = sample_of(x).to(torch.float32)
-            if shows_noise:
-                moves.note(self._tokens)
+        if self._tokens is not None and shows_noise:
+            moves.note(self._tokens)
 
     def _distances(self) -> Tensor:
         """How far x is from that of the step before, of this branch and of its siblings.
@@ -379,7 +380,7 @@ class Step:
             follow = None if leader is None else leader.state.gates[0].consecutive_reuse > 0
             error, gamma = numbers[-1]
             decision = judge(context.gates[0], error, gamma, visit.size, follow)
-            if math.isfinite(error) and math.isfinite(gamma):
+            if decision.action == "reuse" or math.isfinite(error) and math.isfinite(gamma):
                 return decision
         self._drop_spoiled_entries(decision)
         return decision
@@ -465,7 +466,7 @@ class Step:
         return filled
 
     def _finish(self, is_kept: bool) -> None:
-        decision, self._done = self._decision, True
+        decision, self.is_done = self._decision, True
         by_sample, records = self._rules.by_sample, self.stats.contexts[self.name]
         for sample, gate in enumerate(self._context.gates):
             each = decision.samples[sample] if decision.samples else decision

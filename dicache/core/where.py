@@ -36,7 +36,8 @@ class Where(NamedTuple):
             own history and schedule.
         prompt: What tells branches apart where nobody names them, and requests that share a name:
             the text embedding, say. Compared by identity, and referenced weakly.
-        layout: Shape of the tokens. Another one of the same prompt begins a new run.
+        layout: Shape of the tokens. Another one of the same prompt is one more call of the step in
+            which it comes, a tile at an edge say, or in another moment begins a new run.
         run: Calls with the same key are of one run (a request, a pipeline's call). `None` is the
             one run of callers who have one at a time; where it ends is found out.
         begins: Whether a new run begins for certain.

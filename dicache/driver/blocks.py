@@ -80,7 +80,8 @@ class BlockCall:
         self.names = stack.outputs
         self.take = itemgetter(*stack.outputs)  # a tuple, or with one name a value
         self.places = _Places(block)
-        self._place = stack.outputs.index(stack.hidden_states)  # of the tokens in an output
+        self._num_outputs = len(stack.outputs)
+        self._place = stack.outputs.index(stack.hidden_states)  # of the tokens among them
         self._driver, self._roles = driver, roles
         self._compiled: BlockFunction | None = None  # the block's call, where it is compiled
         self.call: BlockFunction | None = None  # what was installed
@@ -122,8 +123,8 @@ class BlockCall:
 
     def tokens_of(self, output: Any, call: Call) -> Tensor | None:
         """The image tokens [B, S, D] of a block's output; `None` if it is not as the row says."""
-        if len(self.names) > 1:
-            if not isinstance(output, (tuple, list)) or len(output) != len(self.names):
+        if self._num_outputs > 1:
+            if not isinstance(output, (tuple, list)) or len(output) != self._num_outputs:
                 return None
             output = output[self._place]
         if not isinstance(output, Tensor):

@@ -117,7 +117,7 @@ def _state_of(ref: weakref.ref[Any]) -> Hashable:
 
 
 def _writes_into(layer: Any) -> tuple[int, ...]:
-    """How often its LoRAs' weights were written; a hot swap writes the new ones over the old."""
+    """How often its LoRAs' weights were written, as far as torch counts: not in a hot swap."""
     found = []
     for part in ("lora_A", "lora_B"):
         for module in getattr(layer, part, {}).values():
