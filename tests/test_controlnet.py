@@ -7,6 +7,7 @@ behind y, on computed and reused steps alike.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -62,6 +63,28 @@ def test_resumed_steps_equal_no_cache_bit_by_bit(name, counts):
     for inputs, expected in zip(steps, plain, strict=True):
         assert torch.equal(model(**inputs)[0], expected)
     assert get_stats(model).num_resumed == 3
+
+
+def test_gradients_of_what_is_added_reach_it_though_the_model_is_frozen():
+    """As truncated back-propagation wants them: the first steps record none."""
+    gradients = []
+    for is_cached in (False, True):
+        model = build("flux").requires_grad_(False)
+        if is_cached:
+            apply_dicache(model, DiCacheConfig(threshold=float("inf"), retention_ratio=0))
+        steps = controlled_calls("flux", {"block": 2}, 5)
+        for index, inputs in enumerate(steps):
+            added = inputs["controlnet_block_samples"] = [
+                each.clone().requires_grad_() for each in inputs["controlnet_block_samples"]
+            ]
+            with torch.set_grad_enabled(index >= 3), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                loss = model(**inputs)[0].square().sum()
+            if index >= 3:
+                loss.backward()
+                gradients.append(added[0].grad)
+    assert all(each is not None and each.any() for each in gradients)
+    assert all(torch.equal(*pair) for pair in zip(gradients[:2], gradients[2:], strict=True))
 
 
 def test_control_residuals_of_this_step_reach_the_head_on_a_reused_step():

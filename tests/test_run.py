@@ -361,9 +361,10 @@ def test_names_without_end_leave_nothing_behind() -> None:
 
 
 def test_requests_that_displace_each_other_do_not_add_up() -> None:
-    notes = Notes(num_steps=1)
-    for _ in range(100):
-        notes.timeline.visit(Where("cond", Prompt(), moment=9, timestep=9))
+    notes, kept = Notes(num_steps=1), [Prompt() for _ in range(100)]
+    for each in kept:  # whoever keeps them all alive: a run that is over displaces nobody
+        notes.timeline.visit(Where("cond", each, moment=9, timestep=9))
+    assert not notes.timeline.run.branches._displaced
     for _ in range(100):
         notes.timeline.visit(Where("cond", Prompt(), moment=9, timestep=9, num_steps=9))
     assert sum(map(len, notes.timeline.run.branches._displaced.values())) <= 2

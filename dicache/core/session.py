@@ -48,12 +48,14 @@ class DiCacheSession:
 
     Attributes:
         rules: What it decides by.
+        rules_of: Rules of single branches, by name, where they are other ones; empty at first.
         timeline: Finds out which step of which run a call is.
     """
 
     def __init__(self, rules: DiCacheConfig | Rules, *, ascending_timesteps: bool = False) -> None:
         self.rules = rules if isinstance(rules, Rules) else resolve(rules)
         resolve_backend(self.rules.backend)  # an absent one is refused here, not in the first run
+        self.rules_of: dict[str, Rules] = {}
         self.timeline: Timeline[Context] = Timeline(
             self._make_context,
             self.rules.config.num_inference_steps,
@@ -123,4 +125,4 @@ class DiCacheSession:
         self.timeline.run.warn(cause, message)
 
     def _make_context(self, name: str) -> Context:
-        return Context(self.rules)
+        return Context(self.rules_of.get(name, self.rules))

@@ -76,8 +76,6 @@ class _Loras:
             layer.scaling for layer in chain.from_iterable(layers)
         ]
         self._layers = [weakref.ref(one) for each in layers for one in _one_a_lora(each)]
-        self._last: list[float] = []
-        self._rounded: tuple[float, ...] = ()
 
     def are_of(self, configs: list[Any]) -> bool:
         """Whether these LoRAs are loaded, and where they were."""
@@ -89,11 +87,13 @@ class _Loras:
         return all(ref() is not None for ref in self._layers)
 
     def read(self) -> Hashable:
-        """Rounded: diffusers multiplies a LoRA's scale in every call, and divides it again."""
+        """Scales of all layers, and the state of one a block and LoRA.
+
+        diffusers multiplies scales before every call, and divides them again: (s w) / w may be
+        another number than s, but times w it is s w again.
+        """
         scales = [scale for layer in self._scales for scale in layer.values()]
-        if scales != self._last:
-            self._last, self._rounded = scales, tuple(round(each, 6) for each in scales)
-        return self._rounded, tuple(map(_state_of, self._layers))
+        return tuple(scales), tuple(map(_state_of, self._layers))
 
 
 def _is_lora(module: nn.Module) -> bool:
