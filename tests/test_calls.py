@@ -7,6 +7,7 @@ cache's back, leaves it alive.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tiny_pipelines import pipeline, run
 from torch import nn
 
 from dicache import DiCacheConfig, DiCacheWarning, apply_dicache, get_stats, remove_dicache
-from dicache.adapters.diffusers.schedule import _index_of
+from dicache.adapters.schedule import _index_of
 
 ALWAYS = DiCacheConfig(threshold=float("inf"), retention_ratio=0, compute_last_step=False)
 LETTERS = {"compute": "C", "resume": "c", "reuse": "R"}
@@ -190,6 +191,23 @@ def test_such_a_pipeline_has_a_run_of_its_own_also_where_its_first_steps_are_com
         answers.append(run(family, other, num_steps=10))
         assert mask(get_stats(bound)["transformer"].contexts["cond"])[-1] == "C"
     assert torch.equal(*answers)
+
+
+def test_after_another_pipeline_with_its_own_scheduler_ours_is_read_again():
+    """Its timesteps are those of the run before, in another tensor."""
+    bound = pipeline("flux")
+    other = pipeline("flux", transformer=bound.transformer)
+    other.scheduler = copy.deepcopy(bound.scheduler)
+    apply_dicache(bound, DiCacheConfig(threshold=float("inf"), retention_ratio=0))
+    for pipe, expected in ((bound, "CRRRRC"), (other, None), (bound, "CRRRRC")):
+        with warnings.catch_warnings():
+            if expected is not None:
+                warnings.simplefilter("error", DiCacheWarning)
+            else:
+                warnings.simplefilter("ignore")
+            run("flux", pipe, num_steps=6)
+        if expected is not None:
+            assert schedule(bound, "cond") == expected
 
 
 def test_the_first_timestep_in_thousandths_is_not_taken_for_the_last():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dicache
 from dicache import DiCacheConfig, apply_dicache, get_stats
-from dicache.adapters.diffusers import locate, schedule
+from dicache.adapters import schedule
+from dicache.adapters.diffusers import locate
 from dicache.core import session
 from dicache.core.readback import Readback, as_number
 
@@ -203,11 +205,14 @@ def python_calls(family: str, model: Any) -> int:
         seen += event in ("call", "c_call")
 
     def measured(call: Callable[[], Any]) -> None:
+        gc.collect()
+        gc.disable()  # what it calls for models of other tests is none of this step's
         sys.setprofile(count)
         try:
             call()
         finally:
             sys.setprofile(None)
+            gc.enable()
 
     _last_of_four_steps(family, model, measured)
     return seen

@@ -35,7 +35,8 @@ from dicache import (
     get_stats,
     remove_dicache,
 )
-from dicache.adapters.diffusers import locate, schedule
+from dicache.adapters import schedule
+from dicache.adapters.diffusers import locate
 from dicache.demo import pipelines as demo
 from dicache.stats import MOST_RECORDS
 

@@ -54,11 +54,11 @@ class Cache:
         vars(self.transformer).pop("_cache_config", None)
 
 
-def apply(model: Any, config: DiCacheConfig | None = None) -> None:
+is_holder = is_pipeline
+
+
+def apply(model: Any, config: DiCacheConfig) -> None:
     """See `dicache.apply_dicache`."""
-    config = DiCacheConfig() if config is None else config
-    if not isinstance(config, DiCacheConfig):
-        raise TypeError(f"config is a {type(config).__name__}. Expected a DiCacheConfig.")
     caches = []
     for transformer, family in _transformers(model):
         caches.append(Cache(transformer, family, config))

@@ -18,8 +18,8 @@ from ...core.readback import as_number
 from ...core.where import Where
 from ...driver.conditions import Conditions
 from ...driver.families import ModelFamily
+from ..schedule import NOWHERE, Schedule
 from .conditioning import Adapters
-from .schedule import NOWHERE, Schedule
 
 # What pipelines call a batch of [unconditional, conditional] samples; also without guidance.
 _BRANCHES_IN_BATCH = "cond_uncond"

@@ -1,5 +1,7 @@
 """What a pipeline's scheduler tells of a call: which timestep of which run it is at.
 
+The scheduler is one of diffusers' kind, whoever made it; nothing here imports diffusers.
+
 Reading a timestep from a tensor waits for the device. Where the scheduler is known, its timesteps
 are read once a run and its position tells which of them a call is at; the tensor itself is read
 along with the decision. So no step waits but for its decision.
@@ -8,13 +10,14 @@ along with the decision. So no step waits but for its decision.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...core.readback import Readback, as_number
-from ...core.where import Check
+from ..core.readback import Readback, as_number
+from ..core.where import Check
 
 # They take the scheduler's timesteps but for the last one.
 _LEAVE_THE_LAST_OUT = ("LTXEulerAncestralRFScheduler",)
@@ -79,7 +82,7 @@ class Schedule:
 
     def __init__(self, ascending_timesteps: bool = False) -> None:
         self._ascends = ascending_timesteps
-        self._pipeline: weakref.ref[Any] | None = None
+        self._pipeline: Callable[[], Any] | None = None
         self._scheduler: Any = None
         self._timesteps: weakref.ref[Any] | None = None
         self._known: list[float] = []  # the same on the host
@@ -96,7 +99,10 @@ class Schedule:
 
     @pipeline.setter
     def pipeline(self, pipeline: Any) -> None:
-        self._pipeline = weakref.ref(pipeline)
+        try:
+            self._pipeline = weakref.ref(pipeline)
+        except TypeError:  # some objects cannot be
+            self._pipeline = lambda: pipeline
         self._scheduler = getattr(pipeline, "scheduler", None)
 
     def read(self, timestep: Any) -> Place:
