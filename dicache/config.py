@@ -14,7 +14,7 @@ import torch
 
 from .error_rules import ERROR_RULES
 
-_ROUNDINGS = ("floor", "nearest", "next")
+_ROUNDINGS = ("floor", "nearest", "next", "calls")
 _ALIGNMENTS = ("l1", "least_squares")
 _GRANULARITIES = ("batch", "sample")
 _CFGS = ("independent", "shared")
@@ -38,7 +38,9 @@ class DiCacheConfig:
         probe_depth: Number of leading blocks that form the probe, >= 1.
         retention_ratio: Share R of the N steps that is always computed at the start, 0 to 1.
         retention_rounding: How R N becomes a number of steps: `"floor"` is floor(R N), `"nearest"`
-            floor(R N + 1/2), `"next"` floor(R N) + 1.
+            floor(R N + 1/2), `"next"` floor(R N) + 1. `"calls"` counts as the published Wan script
+            does, floor(2 R N) calls of two branches in turns: where that is odd, the second branch
+            retains one step less than the first.
         compute_last_step: Always compute the last step, without asking the gate.
         error: What the gate accumulates. `"delta_y"`: mean|p - p_prev| / mean|p_prev|.
             `"delta_minus"`: |delta_y - delta_x|, delta_x being the same ratio of x. `"alignment"`:
@@ -138,9 +140,16 @@ class DiCacheConfig:
             raise ValueError(f"Unknown field {unknown[0]!r} for a preset. Expected one of {known}.")
         return cls(**{**_PRESETS[name], **overrides})
 
-    def retained_steps(self, num_inference_steps: int) -> int:
-        """Number of leading steps that are always computed in a run of `num_inference_steps`."""
+    def retained_steps(self, num_inference_steps: int, follows: bool = False) -> int:
+        """Number of leading steps that are always computed in a run of `num_inference_steps`.
+
+        Args:
+            num_inference_steps: N.
+            follows: Whether it is a branch that is called after another one in every step.
+        """
         steps = self.retention_ratio * num_inference_steps
+        if self.retention_rounding == "calls":
+            return (math.floor(2 * steps) + (0 if follows else 1)) // 2
         if self.retention_rounding == "next":
             return math.floor(steps) + 1
         return math.floor(steps + 0.5 if self.retention_rounding == "nearest" else steps)

@@ -18,10 +18,19 @@ class Gate:
         self.rules = rules
         self.accumulated_error = 0.0
         self.consecutive_reuse = 0
-        self._retained: tuple[int | None, int] = (None, 0)  # of a run of so many steps, so many
+        self._retained: tuple[int | None, bool, int] = (None, False, 0)  # for what, and how many
 
-    def wants_probe(self, step: int, num_steps: int | None, is_last: bool) -> bool:
-        """Whether the step is judged at all; otherwise it runs all blocks."""
+    def wants_probe(
+        self, step: int, num_steps: int | None, is_last: bool, follows: bool = False
+    ) -> bool:
+        """Whether the step is judged at all; otherwise it runs all blocks.
+
+        Args:
+            step: Its index.
+            num_steps: Number N of steps of the run; `None` if nobody said it.
+            is_last: Whether it is the run's last one.
+            follows: Whether its branch is called after another one in every step.
+        """
         rules = self.rules
         if rules.schedule is not None:
             return step < len(rules.schedule) and rules.schedule[step] == "R"
@@ -31,9 +40,9 @@ class Gate:
             return False
         if num_steps is None:
             return True
-        if self._retained[0] != num_steps:
-            self._retained = (num_steps, rules.retained_steps(num_steps))
-        return step >= self._retained[1]
+        if self._retained[0] != num_steps or self._retained[1] != follows:
+            self._retained = (num_steps, follows, rules.retained_steps(num_steps, follows))
+        return step >= self._retained[2]
 
     def decide(self, error: float, gamma: float, leader_reuses: bool | None = None) -> str:
         """ "reuse" or "resume" for a probed step; `accumulated_error` then holds what was compared.

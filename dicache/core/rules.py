@@ -25,6 +25,7 @@ class Rules:
         shares_decisions: Whether branches of guidance decide as one.
         packs: Whether the cache's tensors are kept in another form than operators take.
         needs_num_steps: Whether a rule depends on the length of the run.
+        counts_calls: Whether it matters to retention which branch of a step is called first.
 
     The other attributes are the configuration's.
     """
@@ -38,6 +39,7 @@ class Rules:
     shares_decisions: bool
     packs: bool
     needs_num_steps: bool
+    counts_calls: bool
     reuse_at_threshold: bool
     compute_last_step: bool
     least_squares: bool
@@ -47,9 +49,9 @@ class Rules:
     cache_dtype: torch.dtype | None
     cache_device: str | None
 
-    def retained_steps(self, num_steps: int) -> int:
-        """Number of leading steps that are always computed in a run of `num_steps`."""
-        return self.config.retained_steps(num_steps)
+    def retained_steps(self, num_steps: int, follows: bool = False) -> int:
+        """See `DiCacheConfig.retained_steps`."""
+        return self.config.retained_steps(num_steps, follows)
 
 
 def resolve(config: DiCacheConfig, threshold: float | None = None) -> Rules:
@@ -83,6 +85,7 @@ def resolve(config: DiCacheConfig, threshold: float | None = None) -> Rules:
         packs=config.cache_dtype is not None or config.cache_device is not None,
         needs_num_steps=config.schedule is None
         and (config.retention_ratio > 0 or config.compute_last_step),
+        counts_calls=config.retention_rounding == "calls",
         reuse_at_threshold=config.reuse_at_threshold,
         compute_last_step=config.compute_last_step,
         least_squares=config.alignment == "least_squares",

@@ -142,6 +142,11 @@ class Step:
         self._finish(is_kept=False)
 
     @property
+    def is_last(self) -> bool:
+        """Whether it is the run's last one, as far as anybody knows."""
+        return self._visit.is_last
+
+    @property
     def action(self) -> str:
         """`"compute"`, until `probe` decides on `"resume"` or `"reuse"`."""
         return self._decision.action
@@ -415,7 +420,10 @@ class Step:
             return False
         if (self.where.is_noisy or run.is_noisy) and self._is_too_noisy():
             return False
-        return context.gates[0].wants_probe(self.index, steps, visit.is_last)
+        follows = False
+        if rules.counts_calls and visit.branch is not None:
+            follows = run.branches.leader_of(visit.branch, self.where) is not None
+        return context.gates[0].wants_probe(self.index, steps, visit.is_last, follows)
 
     def _is_too_noisy(self) -> bool:
         """Whether noise in every step forbids a reuse: the default rules say so."""
