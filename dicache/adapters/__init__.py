@@ -1,6 +1,7 @@
 """What puts the cache into frameworks, a folder each, and the verbs.
 
-The functions here import a framework when they are called, not before.
+The functions here import a framework when they are called, not before, and only the one that what
+they are given is of.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from ..config import DiCacheConfig
 from ..stats import RunStats
 from .diffusers import table as table  # registers its families
 from .diffusers.autoload import teach_diffusers
+from .original import holder as holder  # whose table registers those of original code
 
 __all__ = ["apply_dicache", "get_stats", "remove_dicache", "reset_dicache"]
 
 
-def apply_dicache(pipe_or_transformer: Any, config: DiCacheConfig | None = None) -> None:
+def apply_dicache(model_or_holder: Any, config: DiCacheConfig | None = None) -> None:
     """Cache a pipeline's or a transformer's denoising steps with DiCache.
 
     Args:
-        pipe_or_transformer: A diffusers pipeline, modular ones included (every supported
-            transformer of it is cached, and the number of steps is read from its scheduler), or a
-            diffusers transformer.
+        model_or_holder: A diffusers pipeline, modular ones included (every supported transformer of
+            it is cached, and the number of steps is read from its scheduler), or a diffusers
+            transformer. Or a model of the original HunyuanVideo or Wan code, or an object that
+            holds some (`WanT2V`, Tencent's sampler).
         config: The rules; `None` is `DiCacheConfig()`, this project's default.
 
     Raises:
@@ -29,44 +32,61 @@ def apply_dicache(pipe_or_transformer: Any, config: DiCacheConfig | None = None)
             does not fit it. The model is then unchanged.
         TypeError: `config` is not a `DiCacheConfig`.
     """
-    from .diffusers.attach import apply
+    config = DiCacheConfig() if config is None else config
+    if not isinstance(config, DiCacheConfig):
+        raise TypeError(f"config is a {type(config).__name__}. Expected a DiCacheConfig.")
+    _adapter_of(model_or_holder).apply(model_or_holder, config)
 
-    apply(pipe_or_transformer, config)
 
-
-def remove_dicache(pipe_or_transformer: Any) -> None:
+def remove_dicache(model_or_holder: Any) -> None:
     """Take the cache off again. Warns where there is none."""
-    from .diffusers.attach import remove
-
-    remove(pipe_or_transformer)
+    _adapter_of(model_or_holder).remove(model_or_holder)
 
 
-def reset_dicache(pipe_or_transformer: Any) -> None:
+def reset_dicache(model_or_holder: Any) -> None:
     """Free all cache state now; statistics stay.
 
     Raises:
         ValueError: There is no cache on the model.
     """
-    from .diffusers.attach import sessions
-
-    for session in sessions(pipe_or_transformer).values():
+    for session in _adapter_of(model_or_holder).sessions(model_or_holder).values():
         session.reset()
 
 
-def get_stats(pipe_or_transformer: Any) -> RunStats | dict[str, RunStats]:
-    """Statistics of the last run: of one transformer, or of a pipeline's by component name.
+def get_stats(model_or_holder: Any) -> RunStats | dict[str, RunStats]:
+    """Statistics of the last run: of one model, or of a pipeline's or holder's by their names.
 
-    Each transformer's are of its own last run: one that a pipeline's call did not use keeps the
+    Each model's are of its own last run: one that a pipeline's call did not use keeps the
     statistics of an earlier call.
 
     Raises:
         ValueError: There is no cache on the model.
     """
-    from .diffusers.attach import sessions
-    from .diffusers.components import is_pipeline
+    adapter = _adapter_of(model_or_holder)
+    sessions = adapter.sessions(model_or_holder)
+    stats = {name: session.stats for name, session in sessions.items()}
+    return stats if adapter.is_holder(model_or_holder) else next(iter(stats.values()))
 
-    stats = {name: session.stats for name, session in sessions(pipe_or_transformer).items()}
-    return stats if is_pipeline(pipe_or_transformer) else next(iter(stats.values()))
+
+def _adapter_of(thing: Any) -> Any:
+    """The module with the verbs for what a thing is of.
+
+    Raises:
+        ValueError: It is of no original code, and there is no diffusers that knows caches.
+    """
+    from .original import attach as for_original
+
+    if for_original.models_of(thing):
+        return for_original
+    try:
+        from .diffusers import attach as for_diffusers
+    except ImportError as error:
+        raise ValueError(
+            f"DiCache finds no model of the original HunyuanVideo or Wan code in this "
+            f"{type(thing).__name__}, and for diffusers' own it needs diffusers 0.42 or newer "
+            f"({error})."
+        ) from error
+    return for_diffusers
 
 
 teach_diffusers()

@@ -129,7 +129,9 @@ class BlockCall:
             output = output[self._place]
         if not isinstance(output, Tensor):
             return None
-        return output[:, -call.num_tokens :] if self.stack.text_in_front else output
+        if self.stack.text_in_front:
+            return output[:, -call.num_tokens :]
+        return output[:, : call.num_tokens] if self.stack.text_behind else output
 
     def with_tokens(self, values: Mapping[str, Any], y: Tensor, call: Call) -> Any:
         """A block's output, given by the names of its arguments, with these image tokens in it."""
@@ -137,6 +139,9 @@ class BlockCall:
         if self.stack.text_in_front:
             text = values[name][:, : -call.num_tokens]
             y = torch.cat([text.to(y.dtype), y], dim=1)
+        elif self.stack.text_behind:
+            text = values[name][:, call.num_tokens :]
+            y = torch.cat([y, text.to(y.dtype)], dim=1)
         return self.take({**values, name: y})
 
     def by_name(self, output: Any) -> dict[str, Any]:

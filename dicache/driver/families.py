@@ -17,6 +17,7 @@ Every adapter has a table of rows. To add one of your own:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,7 @@ class BlockStack:
         hidden_states: Name of the argument and output that carries the image or video tokens.
         text_in_front: Whether that tensor is [text, image] along the sequence. The image tokens
             are then its last ones, as many as entered block 0.
+        text_behind: Whether it is [image, text]. They are then its first ones.
         per_sample: Names of the arguments whose tensors have a row a sample, so that a part of a
             batch can be run; `name.key` is an entry of a dictionary. Tensors may lie in lists,
             tuples and dictionaries. One with a single row is shared by all samples.
@@ -84,6 +86,7 @@ class BlockStack:
     outputs: tuple[str, ...] = (HIDDEN,)
     hidden_states: str = HIDDEN
     text_in_front: bool = False
+    text_behind: bool = False
     per_sample: tuple[str, ...] = PER_SAMPLE
     whole_for: tuple[str, ...] | None = None
 
@@ -173,7 +176,8 @@ class ModelFamily:
         """What `DiCacheConfig(threshold=None)` means for this model under an error's rule."""
         if not error.verifies_alignment:
             return self.threshold
-        own = getattr(model, "config", {}).get("_dicache_threshold")
+        settings = getattr(model, "config", None)
+        own = settings.get("_dicache_threshold") if isinstance(settings, Mapping) else None
         return self.default_threshold if own is None else float(own)
 
     def blocks(self, model: Any) -> list[tuple[nn.Module, BlockStack]]:

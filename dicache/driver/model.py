@@ -38,6 +38,8 @@ class CachedModel:
         locator: Tells where its calls stand.
         package: Name of the package that the model's class comes from: as long as nothing but its
             code runs around the blocks, a reused step may shorten their lists.
+        frees_last_steps: Whether a branch's state is freed with its last step, because nobody tells
+            when a run is over.
 
     Raises:
         ValueError: The model cannot take the cache; nothing was changed.
@@ -51,9 +53,16 @@ class CachedModel:
     """
 
     def __init__(
-        self, model: nn.Module, family: ModelFamily, rules: Rules, locator: Locator, package: str
+        self,
+        model: nn.Module,
+        family: ModelFamily,
+        rules: Rules,
+        locator: Locator,
+        package: str,
+        frees_last_steps: bool = False,
     ) -> None:
         self.model, self.family = model, family
+        self._frees_last_steps = frees_last_steps
         self._locator = locator
         self._probe_depth = rules.config.probe_depth
         blocks = family.blocks(model)
@@ -129,6 +138,8 @@ class CachedModel:
                     self._end_bypass()
                     self.call = None
                     output = self.model._call_impl(*args, **kwargs)
+            if self._frees_last_steps and call.step is not None and call.step.is_last:
+                self.session.forget(call.step.name)
         except BaseException:
             if self.call is not None and self.call.step is not None:
                 self.call.step.close()

@@ -1,0 +1,149 @@
+"""Where a call of an original model stands: its timestep, its text, and what a scheduler tells.
+
+Nobody names branches of guidance here: the text embeddings tell them apart, which are the same
+objects in every step. And nobody says when a run is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.readback import as_number
+from ...core.run import Timeline
+from ...core.session import DiCacheSession
+from ...core.where import Where
+from ...driver.conditions import Conditions
+from ...driver.families import ModelFamily, unwrapped
+from ..schedule import NOWHERE, Schedule
+
+
+class Experts:
+    """Models that share the steps of a run: Wan 2.2 has one for noisy steps and one for the others.
+
+    Each has a session of its own. What they have to know of each other is how many steps a run had
+    already when it comes to one of them.
+
+    Args:
+        num_steps: Number N of steps of a run; `None` if nobody said it.
+    """
+
+    def __init__(self, num_steps: int | None) -> None:
+        self._timeline: Timeline[None] = Timeline(lambda name: None, num_steps)
+        self._sessions: dict[object, DiCacheSession] = {}
+        self._runs: dict[object, object] = {}  # the last one that each has seen
+
+    def join(self, expert: object, session: DiCacheSession) -> None:
+        """One of them has this session."""
+        self._sessions[expert] = session
+
+    def place(self, expert: object, where: Where) -> Where:
+        """The same call of this expert, placed in the whole run."""
+        run = self._timeline.visit(where).run
+        position = run.moments - 1
+        begins = self._runs.get(expert) is not run
+        if begins:
+            self._runs[expert] = run
+            self._free_others(expert)
+        return where._replace(
+            begins=begins,
+            missed=position if begins else 0,
+            moment=position,
+            position=position,
+            first_timestep=run.first_timestep,
+        )
+
+    def _free_others(self, expert: object) -> None:
+        """The steps of the others are over, and nobody else says so."""
+        for other, session in self._sessions.items():
+            if other is not expert:
+                session.reset()
+
+
+class OriginalLocator:
+    """Tells where calls of one model stand.
+
+    Args:
+        model: The model.
+        family: Its row.
+        pipeline: What has a scheduler, if anybody has.
+        experts: Those that it shares its runs with, if there are any.
+    """
+
+    def __init__(
+        self, model: nn.Module, family: ModelFamily, pipeline: Any, experts: Experts | None
+    ) -> None:
+        self._model = model
+        self._timestep, self._text = family.timestep or "", family.text or ""
+        self._conditions = Conditions(family.behind_probe)
+        self._experts = experts
+        self._schedule: Schedule | None = None
+        if pipeline is not None:
+            self._schedule = Schedule()
+            self._schedule.pipeline = pipeline
+
+    def where(self, arguments: Mapping[str, Any], layout: torch.Size) -> Where:
+        """See `driver.call.Locator`.
+
+        Raises:
+            ValueError: The sequence is split over several GPUs.
+        """
+        refuse_split_sequences(self._model)
+        given = arguments.get(self._timestep)
+        place = NOWHERE if self._schedule is None else self._schedule.read(given)
+        timestep = as_number(given) if place.check is None else place.timestep
+        conditions, behind = self._conditions.read(arguments, layout[0])
+        where = Where(
+            context=None,
+            prompt=_first_tensor(arguments.get(self._text)),
+            layout=layout,
+            begins=place.begins,
+            missed=place.missed,
+            moment=timestep if place.position is None else place.position,
+            position=place.position,
+            num_steps=place.num_steps,
+            is_last=place.is_last,
+            timestep=timestep,
+            first_timestep=place.first_timestep,
+            computes_in=conditions,
+            behind=behind,
+            check=place.check,
+            is_noisy=place.is_noisy or None,
+        )
+        return where if self._experts is None else self._experts.place(self, where)
+
+    def end_call(self) -> None:
+        """See `driver.call.Locator`."""
+
+
+def refuse_split_sequences(model: Any) -> None:
+    """See that every GPU has the whole sequence.
+
+    Ranks that share one have to decide as one; left alone, they would wait for each other for ever.
+    HunyuanVideo's blocks then have an attention of xfuser's, Wan's model another `forward`.
+
+    Raises:
+        ValueError: The sequence is split.
+    """
+    forward = vars(model).get("forward")
+    name = getattr(getattr(forward, "__func__", forward), "__name__", "")
+    block = unwrapped(next(iter(getattr(model, "double_blocks", ())), None))
+    has_split_attention = getattr(block, "hybrid_seq_parallel_attn", None) is not None
+    if has_split_attention or name in ("usp_dit_forward", "sp_dit_forward"):
+        raise ValueError(
+            f"The tokens of this {type(model).__name__} are split over several GPUs (Ulysses or "
+            f"ring attention). Expected a model that has all of them: DiCache would decide on "
+            f"every GPU for itself, and GPUs that disagree wait for ever. Set the sizes of both "
+            f"(--ulysses_degree, --ulysses_size, --ring_degree, --ring_size) to 1, or call "
+            f"remove_dicache."
+        )
+
+
+def _first_tensor(text: Any) -> object:
+    """What tells a branch: Wan takes a list of texts, one a sample."""
+    if isinstance(text, (list, tuple)) and text:
+        text = text[0]
+    return text if isinstance(text, Tensor) else None
