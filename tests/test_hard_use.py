@@ -809,6 +809,16 @@ def test_removal_gives_back_an_equal_model(family: str) -> None:
         assert torch.equal(output, plain)
 
 
+def test_a_compile_of_the_users_own_is_put_back():
+    """Whatever somebody set on the model before."""
+    model = build("flux")
+    model.compile = own = lambda: None
+    apply_dicache(model, DiCacheConfig(threshold=0.1))
+    assert model.compile is not own
+    remove_dicache(model)
+    assert vars(model)["compile"] is own
+
+
 def test_removal_leaves_no_attribute_behind() -> None:
     model = build("flux")
     before = attributes(model)

@@ -271,6 +271,22 @@ def test_models_that_fsdp_wraps(kind: str) -> None:
     remove_dicache(holder)
 
 
+class Wrapper(nn.Module):
+    """A module of the user's that holds a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.dit = model
+
+
+def test_a_module_may_hold_models_too() -> None:
+    wrapper = Wrapper(build("t2v"))
+    apply_dicache(wrapper, DiCacheConfig(**ALWAYS, num_inference_steps=8))
+    run(wrapper.dit, "t2v")
+    assert get_stats(wrapper)["dit"].num_reused == 12
+    remove_dicache(wrapper)
+
+
 def test_one_model_under_two_names_is_cached_once() -> None:
     model = build("t2v")
     holder = SimpleNamespace(model=model, dit=model)

@@ -6,7 +6,7 @@ Tencent's sampler a `pipeline` with a `transformer`. Any of them may be wrapped 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -27,7 +27,7 @@ def models_of(thing: Any) -> dict[str, nn.Module]:
     One that is held under several names is there once.
     """
     found: dict[str, nn.Module] = {}
-    parts = {"model": thing} if isinstance(thing, nn.Module) else dict(_parts_of(thing))
+    parts = dict(_parts_of(thing)) if is_holder(thing) else {"model": thing}
     for name, part in parts.items():
         model = unwrapped(part)
         if family_of(model) is not None and all(model is not each for each in found.values()):
@@ -36,8 +36,8 @@ def models_of(thing: Any) -> dict[str, nn.Module]:
 
 
 def is_holder(thing: Any) -> bool:
-    """Whether a thing is no model itself."""
-    return not isinstance(thing, nn.Module)
+    """Whether a thing is no original model itself."""
+    return family_of(unwrapped(thing)) is None
 
 
 def pipeline_of(thing: Any) -> Any:
@@ -50,8 +50,8 @@ def pipeline_of(thing: Any) -> Any:
 
 def _parts_of(thing: Any) -> Iterator[tuple[str, Any]]:
     """Attributes that are modules, of a thing and of its pipeline."""
-    pipeline = getattr(thing, "pipeline", None)
-    for owner in (thing, pipeline):
+    for owner in (thing, getattr(thing, "pipeline", None)):
         attributes = getattr(owner, "__dict__", {})
-        if isinstance(attributes, Mapping):
-            yield from ((k, v) for k, v in attributes.items() if isinstance(v, nn.Module))
+        if isinstance(owner, nn.Module):
+            attributes = owner._modules
+        yield from ((k, v) for k, v in attributes.items() if isinstance(v, nn.Module))
