@@ -7,6 +7,7 @@ the defect is gone, and the mark has to go with it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -807,6 +808,28 @@ def test_removal_gives_back_an_equal_model(family: str) -> None:
     assert list(model.state_dict()) == names
     for output, plain in zip(outputs(model, steps), expected, strict=True):
         assert torch.equal(output, plain)
+
+
+@pytest.mark.parametrize("is_patched_before", [False, True])
+def test_a_class_that_is_patched_meanwhile_is_the_one_that_runs_after_removal(
+    is_patched_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the `forward` that was there when the cache came stays on the model."""
+    model, seen = build("flux"), []
+    kind, forward = type(model), type(model).forward
+
+    @functools.wraps(forward)
+    def patched(*args: Any, **given: Any) -> Any:
+        seen.append(1)
+        return forward(*args, **given)
+
+    monkeypatch.setattr(kind, "forward", patched if is_patched_before else forward)
+    apply_dicache(model, DiCacheConfig(threshold=0.1, num_inference_steps=4))
+    monkeypatch.setattr(kind, "forward", forward if is_patched_before else patched)
+    remove_dicache(model)
+    seen.clear()
+    model(**calls("flux", 2)[0])
+    assert len(seen) == (not is_patched_before) and "forward" not in vars(model)
 
 
 def test_a_compile_of_the_users_own_is_put_back():

@@ -18,7 +18,7 @@ class Gate:
         self.rules = rules
         self.accumulated_error = 0.0
         self.consecutive_reuse = 0
-        self._retained: tuple[int | None, bool, int] = (None, False, 0)  # for what, and how many
+        self._retained: dict[bool, int] = {}  # steps of this run, by whether the branch follows
 
     def wants_probe(
         self, step: int, num_steps: int | None, is_last: bool, follows: bool = False
@@ -40,9 +40,9 @@ class Gate:
             return False
         if num_steps is None:
             return True
-        if self._retained[0] != num_steps or self._retained[1] != follows:
-            self._retained = (num_steps, follows, rules.retained_steps(num_steps, follows))
-        return step >= self._retained[2]
+        if follows not in self._retained:
+            self._retained[follows] = rules.retained_steps(num_steps, follows)
+        return step >= self._retained[follows]
 
     def decide(self, error: float, gamma: float, leader_reuses: bool | None = None) -> str:
         """ "reuse" or "resume" for a probed step; `accumulated_error` then holds what was compared.
