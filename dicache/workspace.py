@@ -27,7 +27,7 @@ def make_workspace(x: Tensor) -> Tensor:
         uint8, zeroed, about 34 KB on an H200; empty on the CPU, which needs none.
     """
     if x.device.type == "cpu" and not interprets_triton():
-        return torch.zeros(0, dtype=torch.uint8)
+        return torch.zeros(0, dtype=torch.uint8, device=x.device)
     blocks = max(max_blocks(x.device), x.shape[0])
     num_bytes = HEADER_BYTES + BYTES_PER_BLOCK * blocks
     return torch.zeros(num_bytes, dtype=torch.uint8, device=x.device)

@@ -37,6 +37,7 @@ from dicache import (
 from dicache.core.behind import Added, Prompt
 from dicache.core.moves import FirstMoves
 from dicache.core.readback import Readback
+from dicache.core.sample import rows_of
 from dicache.demo import pipelines as demo
 from dicache.driver import families
 from dicache.driver.conditions import Conditions
@@ -706,6 +707,53 @@ def test_a_samples_elements_are_kept_though_the_caller_writes_over_them() -> Non
     control.zero_()
     _, (after,) = conditions.read({"control": control}, 1)
     assert float(before.sum()) == 4 and float(after.sum()) == 0
+
+
+def test_options_with_tensors_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would copy them, in every call."""
+    monkeypatch.setattr(Tensor, "__repr__", lambda self: pytest.fail("a tensor was printed"))
+    options = {"ip_adapter_image_embeds": [torch.ones(2)], "scale": 0.5, "mask": torch.ones(3)}
+    conditions = Conditions(("options",))
+    first, _ = conditions.read({"options": options}, 1)
+    assert first == conditions.read({"options": dict(reversed(options.items()))}, 1)[0]
+    assert first != conditions.read({"options": {**options, "scale": 0.6}}, 1)[0]
+
+
+def test_branches_with_numbers_of_their_own_are_waited_for_once_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[Any] = []
+    wait = Readback.wait
+    monkeypatch.setattr(Readback, "wait", lambda self: read.append(1) or wait(self))
+    conditions, scales = Conditions(("scale",)), [torch.ones(3), 2 * torch.ones(3)]
+    for _ in range(5):
+        states = [conditions.read({"scale": scale}, 1)[0] for scale in scales]
+        assert states[0] != states[1]
+    assert len(read) == 2
+    for _ in range(9):
+        conditions.read({"scale": torch.zeros(3)}, 1)
+    assert len(conditions._read) <= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
+def test_samples_are_of_any_dtype(dtype: torch.dtype) -> None:
+    added, prompt = Added(), Prompt()
+    for value in (0, 1):
+        tensor = torch.full((2, 3, 4), value).to(dtype)
+        prompt.note(tensor)
+        added.note((rows_of(tensor, 2),))
+        if value == 0:
+            prompt.note_entry()
+            added.note_entry()
+    assert prompt.has_changed(prompt.ask().tolist()) and added.has_changed(added.ask().tolist())
+
+
+def test_fp16s_autocast_does_not_hide_noise() -> None:
+    moves, generator = FirstMoves(), torch.Generator().manual_seed(0)
+    with torch.autocast("cpu", torch.float16):
+        for _ in range(3):
+            moves.note(30 * torch.randn(1024, generator=generator))
+        assert moves.are_noise(moves.ask().tolist())
 
 
 def test_numbers_in_a_tensor_are_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -424,12 +424,50 @@ def test_state_is_freed_after_the_last_step_of_every_branch(
     assert stats.num_reused == len(conditions) * (7 if rules else 6)
 
 
+def test_state_of_several_calls_a_step_is_freed_with_the_last_of_them() -> None:
+    model, before = build("t2v"), trajectories()
+    apply_dicache(model, DiCacheConfig(**ALWAYS, num_inference_steps=8))
+    (condition, _) = branches("t2v")
+    tiles = [[*steps("t2v", 8, seed=seed)] for seed in (0, 30)]
+    for _ in range(2):
+        for step in zip(*tiles, strict=True):
+            for latents, time in step:
+                ask(model, latents, time, condition, "t2v")
+        assert trajectories() == before
+        assert len(get_stats(model).contexts) == 2
+
+
+def test_a_branch_that_is_freed_has_decided_for_the_others() -> None:
+    """cfg="shared" in the last step, too: it is reused in both branches or in none."""
+    for threshold in (0.02, 0.05, 0.1, 0.2):
+        model = build("t2v")
+        rules = {"threshold": threshold, "retention_ratio": 0.0, "compute_last_step": False}
+        apply_dicache(model, DiCacheConfig(**rules, num_inference_steps=9))
+        run(model, "t2v", 9)
+        first, second = masks_of(model).values()
+        assert first == second
+
+
+def test_reset_between_the_steps_of_experts_leaves_the_last_step_the_last() -> None:
+    pipe, before = experts(), trajectories()
+    apply_dicache(pipe, DiCacheConfig(**ALWAYS, num_inference_steps=6))
+    conditions = branches("2.2")
+    for index, (latents, time) in enumerate(steps("2.2", 6)):
+        model = pipe.high_noise_model if index in (0, 1, 4, 5) else pipe.low_noise_model  # and back
+        for condition in conditions:
+            ask(model, latents, time, condition, "2.2")
+        if index == 0:
+            reset_dicache(pipe)
+    assert all(each[-1] == "C" for each in masks_by_expert(pipe)["high_noise_model"])
+    assert trajectories() == before
+
+
 def test_an_experts_state_is_freed_when_the_other_one_takes_over() -> None:
     pipe, before, seen = experts(), trajectories(), []
     apply_dicache(pipe, DiCacheConfig(**ALWAYS, num_inference_steps=8))
     pipe.low_noise_model.head.register_forward_hook(lambda *_: seen.append(trajectories()))
     pipe.generate("2.2", 8)
-    assert seen[:2] == [before, before + 1] or max(seen) <= before + 2
+    assert seen and max(seen) <= before + 2  # never the other expert's beside its own two
     assert trajectories() == before
 
 

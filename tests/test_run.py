@@ -319,6 +319,31 @@ def test_calls_of_which_nobody_can_tell_the_branch_are_told_once() -> None:
     assert not any(visit.is_settled or visit.is_kept for visit in notes.visits)
 
 
+def test_a_branch_whose_prompt_is_replaced_keeps_its_place() -> None:
+    """So that the one that is called first goes on to decide."""
+    notes, cond, uncond, leaders = Notes(num_steps=9), Prompt(), Prompt(), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for time in range(9, 0, -1):
+            if time == 6:
+                cond = Prompt()
+                gc.collect()
+            for prompt in (cond, uncond):
+                where = Where(None, prompt, moment=time, timestep=time)
+                notes(where)
+                branch = notes.visits[-1].branch
+                assert branch is not None
+                leader = notes.timeline.run.branches.leader_of(branch, where)
+                leaders.append(None if leader is None else leader.name)
+    assert leaders == [None, "branch0"] * 9
+
+
+def test_the_position_says_which_step_is_the_last_one() -> None:
+    notes = Notes(num_steps=6)
+    notes(*(Where("cond", moment=k, position=k) for k in (0, 1, 4, 5)))
+    assert [visit.is_last for visit in notes.visits] == [False, False, False, True]
+
+
 def test_embeddings_that_are_made_anew_are_told_once_and_take_no_memory() -> None:
     notes = Notes(num_steps=99)
     with pytest.warns(DiCacheWarning, match="new text embeddings") as caught:

@@ -89,6 +89,9 @@ class Schedule:
         self._begin = 0  # where the run began in these timesteps
         self._scale = 1.0  # what the model is given, relative to them
         self._last_seen: tuple[Any, int | None] = (None, None)  # timestep and position
+        # Calls with a timestep tensor of their own at this position, and at an earlier one: for
+        # every branch of guidance, say. As many need not be read to be known as one step's.
+        self._calls = self._usual_calls = 1
         self._is_idle = False  # whether another scheduler than ours drives the run
         self._is_noisy = False
 
@@ -181,6 +184,7 @@ class Schedule:
         known = self._known[index] if index < len(self._known) else 0.0
         self._scale = first / known if first and known else 1.0
         self._last_seen = (timestep, position)
+        self._calls = self._usual_calls = 1
         self._is_idle = False
         self._is_noisy = adds_noise(scheduler)
 
@@ -198,9 +202,17 @@ class Schedule:
         if position is not None and position >= len(self._scheduler.timesteps):
             return True
         last_timestep, last_position = self._last_seen
+        if position != last_position:
+            self._calls = 1
         if position != last_position or timestep is last_timestep:
             return False
-        return as_number(timestep) != as_number(last_timestep)
+        self._calls += 1
+        if self._calls <= self._usual_calls:
+            return False
+        has_moved = as_number(timestep) != as_number(last_timestep)
+        if not has_moved:
+            self._usual_calls = self._calls
+        return has_moved
 
 
 class _Promise:

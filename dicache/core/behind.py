@@ -64,7 +64,7 @@ class Added:
             samples: [rows, n] of each thing that is added; of another number or of other shapes
                 than before they are other things.
         """
-        if [each.shape for each in samples] != [each.shape for each in self._last]:
+        if [*map(_kind_of, samples)] != [*map(_kind_of, self._last)]:
             self.clear()
         if samples:
             self._calls.append(_Call(_look_at(samples, self._last or samples)))
@@ -168,7 +168,7 @@ class Prompt:
         others = [each for each in self._entries if each is not now]
         if now is None or not others:
             return None
-        if any(each.shape != now.shape for each in others):
+        if any(_kind_of(each) != _kind_of(now) for each in others):
             return torch.full((1,), math.inf)
         moves = [_norms(now - each) / _norms(each) for each in others]
         return moves[0] if len(moves) == 1 else torch.maximum(*moves)
@@ -196,9 +196,13 @@ def _look_at(samples: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.cat([*map(_norms, kind)]) for kind in (samples, moves)])
 
 
+def _kind_of(sample: Tensor) -> tuple[torch.Size, torch.device]:
+    return sample.shape, sample.device
+
+
 def _norms(sample: Tensor) -> Tensor:
-    """[rows] fp32 of [rows, n]."""
-    return torch.linalg.vector_norm(sample, dim=1, dtype=torch.float32)
+    """[rows] of [rows, n]."""
+    return torch.linalg.vector_norm(sample, dim=1)
 
 
 def _differ(some: list[float], others: list[float], largest_ratio: float) -> bool:

@@ -181,10 +181,7 @@ class Branches(Generic[State]):
                 group.take(where)
                 return group, False
         elif where.context is None and any(group.is_gone for group in groups):
-            gone = [each for group in groups if group.is_gone for each in group.branches]
-            self._free_names += [branch.name for branch in gone]
-            groups[:] = [group for group in groups if not group.is_gone]
-            was_lost = True
+            return self._replace_gone(groups, where), True
         if self._are_enough:
             return None, was_lost
         groups.append(Group(len(groups), where))
@@ -243,6 +240,15 @@ class Branches(Generic[State]):
             self._displaced[context] = [
                 ref for ref in known if ref is not None and ref() is not None
             ]
+
+    def _replace_gone(self, groups: list[Group[State]], where: Where) -> Group[State]:
+        """A new group in the place of the first whose prompt nobody has; all such are freed."""
+        gone = [place for place, group in enumerate(groups) if group.is_gone]
+        for place in gone:
+            self._free_names += [branch.name for branch in groups[place].branches]
+            groups[place].branches = []
+        groups[gone[0]] = Group(groups[gone[0]].rank, where)
+        return groups[gone[0]]
 
     @property
     def _are_enough(self) -> bool:

@@ -61,6 +61,11 @@ class Context:
             self.added.drop_entries()
             self.prompt.drop_entries()
 
+    def release(self) -> None:
+        """Free every tensor."""
+        self.drop_entries()
+        self.trajectory, self.has_history = None, False
+
     def make_trajectory(self, x: Tensor, p: Tensor) -> Trajectory:
         """Begin with a trajectory for tensors like these.
 

@@ -1,6 +1,6 @@
 """When to cache: the gate turns a step's error and the run's rules into an action.
 
-A gate belongs to one context of one run. It holds three numbers and knows neither tensors nor
+A gate belongs to one context of one run. It holds two numbers and knows neither tensors nor
 models. Whatever it cannot judge it answers with "compute" or "resume", never with "reuse".
 """
 
@@ -18,7 +18,6 @@ class Gate:
         self.rules = rules
         self.accumulated_error = 0.0
         self.consecutive_reuse = 0
-        self._retained: dict[bool, int] = {}  # steps of this run, by whether the branch follows
 
     def wants_probe(
         self, step: int, num_steps: int | None, is_last: bool, follows: bool = False
@@ -40,9 +39,7 @@ class Gate:
             return False
         if num_steps is None:
             return True
-        if follows not in self._retained:
-            self._retained[follows] = rules.retained_steps(num_steps, follows)
-        return step >= self._retained[follows]
+        return step >= rules.config.retained_steps(num_steps, follows)
 
     def decide(self, error: float, gamma: float, leader_reuses: bool | None = None) -> str:
         """ "reuse" or "resume" for a probed step; `accumulated_error` then holds what was compared.

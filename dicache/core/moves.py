@@ -48,7 +48,7 @@ class FirstMoves:
         tokens = torch.stack(self._tokens)
         self._tokens, self.are_due = [], False
         vectors = torch.cat([tokens.diff(dim=0), tokens[2:]])
-        return vectors @ vectors.T
+        return (vectors[:, None] * vectors).sum(dim=-1)  # no matmul: autocast would round it
 
     @staticmethod
     def are_noise(numbers: Sequence[Sequence[float]]) -> bool:

@@ -60,7 +60,7 @@ def one_number(timestep: Tensor) -> Tensor:
 
 def _begin_copy(tensor: Tensor) -> Tensor:
     with torch.inference_mode(False):
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     return pinned.copy_(tensor, non_blocking=True)
 
 

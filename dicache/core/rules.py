@@ -49,10 +49,6 @@ class Rules:
     cache_dtype: torch.dtype | None
     cache_device: str | None
 
-    def retained_steps(self, num_steps: int, follows: bool = False) -> int:
-        """See `DiCacheConfig.retained_steps`."""
-        return self.config.retained_steps(num_steps, follows)
-
 
 def resolve(config: DiCacheConfig, threshold: float | None = None) -> Rules:
     """The rules that a configuration stands for.

@@ -9,7 +9,6 @@ who were told so by the tensors themselves (`Timeline.restart`).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic
@@ -17,7 +16,7 @@ from typing import Generic
 from ..stats import RunStats
 from .branches import MOST_BRANCHES, Branch, Branches, Group, State
 from .clock import Clock
-from .warning import DiCacheWarning
+from .warning import warn_user
 from .where import Where
 
 UNTOLD = "untold"  # in the statistics, calls of which nobody could tell the branch
@@ -222,7 +221,7 @@ class Timeline(Generic[State]):
         is_last = where.is_last
         if is_last is None:
             last = -1 if run.num_steps is None else run.num_steps - 1
-            is_last = index == last or run.moments - 1 == last
+            is_last = last in (index, run.moments - 1, where.position)
             if where.is_rounded and run.missed + group.num_calls == last + 1:
                 is_last = True  # steps that shared a moment were taken for calls of one
         size = 1.0 if self._clock.ascends else _size(run, branch.timestep, where.timestep)
@@ -267,7 +266,7 @@ class Run(Generic[State]):
         """Warn with `DiCacheWarning`, once per run and cause."""
         if cause not in self._warned:
             self._warned.add(cause)
-            warnings.warn(message, DiCacheWarning, stacklevel=2)
+            warn_user(message)
 
     @property
     def is_full(self) -> bool:

@@ -12,7 +12,7 @@ SIZE = 1024  # elements
 
 @torch.no_grad()
 def rows_of(tensor: Tensor, rows: int) -> Tensor:
-    """A fixed choice of elements [rows, n], n <= 1024: the same of all tensors of a size.
+    """A fixed choice of elements [rows, n] in fp32, n <= 1024: the same of all tensors of a size.
 
     It is a tensor of its own, whatever becomes of the other one.
 
@@ -23,10 +23,10 @@ def rows_of(tensor: Tensor, rows: int) -> Tensor:
     tensor = tensor.detach()
     if tensor.dim() < 2 or tensor.shape[0] != rows:
         rows = 1
-    count = tensor.numel() // rows
+    count = tensor.numel() // max(rows, 1)
     if count <= SIZE:
-        return tensor.reshape(rows, count).clone()
-    return torch.take(tensor, places(count, rows, tensor.device))
+        return tensor.reshape(rows, count).to(torch.float32, copy=True)
+    return torch.take(tensor, places(count, rows, tensor.device)).to(torch.float32)
 
 
 def sample_of(tensor: Tensor) -> Tensor:

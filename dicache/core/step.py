@@ -128,6 +128,13 @@ class Step:
             for gate in self._context.gates:
                 gate.finish(reused=False)
 
+    def release(self) -> None:
+        """Free what the branch keeps, after the run's last step: nobody reuses it any more.
+
+        Its place among the calls of the step and what its gates decided stay known.
+        """
+        self._context.release()
+
     def discard(self) -> None:
         """End a computed step of which nothing can be kept: gradients are recorded, say.
 
@@ -174,7 +181,7 @@ class Step:
         if not self.needs_probe:  # the layout was new: this is now the first step of a run
             return self._decision
         if torch.is_grad_enabled() and (x.requires_grad or p.requires_grad):
-            self._visit.run.warn("gradients", _GRADIENTS)
+            self._visit.run.warn("gradients", GRADIENTS)
             self.needs_probe = False
             return self._decision
         self._note_tokens(x)
@@ -333,7 +340,7 @@ class Step:
             return
         shows_noise = siblings is None and self.where.is_noisy is None
         if siblings is not None or shows_noise:
-            self._tokens = sample_of(x).to(torch.float32)
+            self._tokens = sample_of(x)
         if self._tokens is not None and shows_noise:
             moves.note(self._tokens)
 
@@ -416,7 +423,7 @@ class Step:
         if not (visit.is_settled and context.has_history) or context.to_compute:
             return False
         if context.has_gradients and torch.is_grad_enabled():
-            run.warn("gradients", _GRADIENTS)
+            run.warn("gradients", GRADIENTS)
             return False
         if (self.where.is_noisy or run.is_noisy) and self._is_too_noisy():
             return False
@@ -513,7 +520,7 @@ def _count_memory(run: Run[Context]) -> None:
     run.stats.cache_bytes = max(run.stats.cache_bytes, num_bytes)
 
 
-_GRADIENTS = (
+GRADIENTS = (
     "Gradients are recorded, and the cache has none to give, so steps are computed without it. "
     "Call the model inside torch.no_grad() or torch.inference_mode()."
 )

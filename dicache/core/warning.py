@@ -13,7 +13,10 @@ class DiCacheWarning(UserWarning):
 
 
 def warn_user(message: str) -> None:
-    """Warn of something that was asked for, at the line outside of this package that asked."""
+    """Warn at the line outside of this package that asked for something, or called a model.
+
+    Python shows a warning of one line once, unless its filters say otherwise.
+    """
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back

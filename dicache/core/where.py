@@ -58,7 +58,7 @@ class Where(NamedTuple):
         computes_in: What lies behind the probe, where it does not see it: sparse or dense
             attention, adapters and their scales. A trajectory is of one such state, so where it
             changes the branch's trajectory begins anew.
-        behind: A sample [n] of each thing that is added to the tokens behind the probe (residuals
+        behind: A sample [rows, n] of each thing that is added to tokens behind the probe (residuals
             of a ControlNet), on the device: it may change much without `computes_in` telling.
             Compared with those of the trajectory's entries, when the decision is read. Their
             number and sizes are the same wherever `computes_in` is.

@@ -41,7 +41,7 @@ class Driver(Protocol):
     def after_probe(self, call: Call, p: Tensor) -> None:
         """Tokens p [B, S, D] leave the probe: decide."""
 
-    def leave_out(self, call: Call, block: BlockCall, output: Any) -> None:
+    def distrust(self, call: Call, block: BlockCall, output: Any) -> None:
         """A block's output is not what its row says: this step is computed without the cache."""
 
     def reuse(self, call: Call) -> Tensor:
@@ -215,7 +215,7 @@ def probing(driver: Driver, block: BlockCall, inner: BlockFunction) -> BlockFunc
 def _end_probe(driver: Driver, block: BlockCall, running: Call, output: Any) -> None:
     p = block.tokens_of(output, running)
     if p is None:
-        driver.leave_out(running, block, output)
+        driver.distrust(running, block, output)
     else:
         driver.after_probe(running, p)
 
@@ -255,7 +255,7 @@ def finishing(driver: Driver, block: BlockCall, inner: BlockFunction) -> BlockFu
         output = inner(*args, **kwargs)
         tokens = block.tokens_of(output, running)
         if tokens is None:
-            driver.leave_out(running, block, output)
+            driver.distrust(running, block, output)
         else:
             driver.after_last_block(running, tokens)
         return output

@@ -27,7 +27,7 @@ class Conditions:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
-        self._read: dict[str, tuple[weakref.ref[Tensor], int, Hashable]] = {}
+        self._read: dict[tuple[str, int], tuple[weakref.ref[Tensor], int, Hashable]] = {}
 
     def read(self, arguments: Mapping[str, Any], batch: int) -> tuple[Hashable, tuple[Tensor, ...]]:
         """What has to stay as it is, and samples [rows, n] of what has to stay alike.
@@ -55,10 +55,12 @@ class Conditions:
     def _numbers_in(self, name: str, tensor: Tensor) -> Hashable:
         """A tensor's numbers; it is waited for once, not in every step."""
         writes = 0 if tensor.is_inference() else tensor._version
-        known = self._read.get(name)
+        key = name, id(tensor)
+        known = self._read.get(key)
         if known is None or known[0]() is not tensor or known[1] != writes:
+            self._read = {k: v for k, v in self._read.items() if v[0]() is not None}
             numbers = Readback(tensor.reshape(-1)).wait()[0]
-            self._read[name] = known = (weakref.ref(tensor), writes, tuple(numbers))
+            self._read[key] = known = (weakref.ref(tensor), writes, tuple(numbers))
         return known[2]
 
 
@@ -86,7 +88,8 @@ def _added_tensors(value: Any) -> list[Tensor]:
 def _plain(value: Any) -> Hashable:
     """What stays equal as long as numbers, names and block lists do; tensors by being there."""
     if isinstance(value, Mapping):
-        return tuple((str(key), _plain(each)) for key, each in sorted(value.items(), key=str))
+        named = {str(key): _plain(each) for key, each in value.items()}
+        return tuple((key, named[key]) for key in sorted(named))
     if isinstance(value, (list, tuple)):
         return tuple(_plain(each) for each in value)
     if isinstance(value, (bool, int, float, str)) or value is None:

@@ -1,8 +1,8 @@
 """`CachedModel`: a cache session inside a torch model, put on it and taken off again.
 
-Steps are opened and closed around the model's call, outside of its `forward`: offloading replaces a
-model's `forward` at the end of every call, and whatever wraps it is lost. The step itself begins
-where tokens enter block 0. On a reused step the blocks between probe and end pass their input
+Calls are noted around the model's call, outside of its `forward`: offloading replaces a model's
+`forward` at the end of every call, and whatever wraps it is lost. A step begins where tokens enter
+block 0. On a reused step the blocks between probe and end pass their input
 through, and the last one returns x plus the approximated residual whatever it was given: residuals
 that the model adds between blocks (ControlNet) are part of y - x, and must not count twice.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.rules import Rules
 from ..core.session import DiCacheSession
-from ..core.step import Step
+from ..core.step import GRADIENTS, Step
 from .blocks import BlockCall, roles_of
 from .bypass import Bypass, twin_class
 from .call import Call, Locator, Untouched
@@ -139,7 +139,7 @@ class CachedModel:
                     self.call = None
                     output = self.model._call_impl(*args, **kwargs)
             if self._frees_last_steps and call.step is not None and call.step.is_last:
-                self.session.forget(call.step.name)
+                call.step.release()
         except BaseException:
             if self.call is not None and self.call.step is not None:
                 self.call.step.close()
@@ -205,7 +205,7 @@ class CachedModel:
         stats.block_calls += self._probe_depth
         stats.block_samples += self._probe_depth * p.shape[0]
 
-    def leave_out(self, call: Call, block: BlockCall, output: Any) -> None:
+    def distrust(self, call: Call, block: BlockCall, output: Any) -> None:
         """See `blocks.Driver`."""
         if call.step is None or call.step.is_done:  # told already, or block 0 was not seen
             return
@@ -237,11 +237,7 @@ class CachedModel:
         return y
 
     def _leave_to_gradients(self, call: Call, samples: int) -> None:
-        self.session.warn(
-            "gradients",
-            "Gradients are recorded, and the cache has none to give, so steps are computed "
-            "without it. Call the model inside torch.no_grad() or torch.inference_mode().",
-        )
+        self.session.warn("gradients", GRADIENTS)
         self._discard(call, samples)
 
     def _discard(self, call: Call, samples: int) -> None:

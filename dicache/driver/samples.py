@@ -23,7 +23,7 @@ class Samples:
 
     def __init__(self, rows: Sequence[int], like: Tensor) -> None:
         self.batch = like.shape[0]
-        indices = torch.tensor(rows, pin_memory=like.is_cuda)
+        indices = torch.tensor(rows, device="cpu", pin_memory=like.is_cuda)
         self.indices = indices.to(like.device, non_blocking=True)
 
     def gather(self, arguments: dict[str, Any], per_sample: Sequence[str]) -> dict[str, Any]:

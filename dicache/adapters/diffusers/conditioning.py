@@ -72,7 +72,7 @@ class _Loras:
     def __init__(self, configs: list[Any], blocks: Iterable[nn.Module]) -> None:
         self._configs = configs
         layers: list[list[Any]] = [[m for m in b.modules() if _is_lora(m)] for b in blocks]
-        self._scales: list[dict[str, float]] = [
+        self._scales: list[dict[str, Any]] = [
             layer.scaling for layer in chain.from_iterable(layers)
         ]
         self._layers = [weakref.ref(one) for each in layers for one in _one_a_lora(each)]
@@ -93,7 +93,7 @@ class _Loras:
         another number than s, but times w it is s w again.
         """
         scales = [scale for layer in self._scales for scale in layer.values()]
-        return tuple(scales), tuple(map(_state_of, self._layers))
+        return tuple(map(_number, scales)), tuple(map(_state_of, self._layers))
 
 
 def _is_lora(module: nn.Module) -> bool:
@@ -107,6 +107,13 @@ def _one_a_lora(layers: Iterable[Any]) -> Iterator[Any]:
         if not seen.issuperset(layer.scaling):
             seen.update(layer.scaling)
             yield layer
+
+
+def _number(scale: Any) -> Hashable:
+    """A layer that is prepared for hot swaps has its scale in a tensor, which nobody waits for."""
+    if not isinstance(scale, Tensor):
+        return float(scale)
+    return id(scale), 0 if scale.is_inference() else scale._version
 
 
 def _state_of(ref: weakref.ref[Any]) -> Hashable:

@@ -144,7 +144,9 @@ class DiffusersLocator:
 
 def _batch_of(text: Any) -> int:
     """How many samples there are: every one has a text."""
-    return len(text) if isinstance(text, (Tensor, list, tuple)) else 1
+    if isinstance(text, Tensor):
+        return text.shape[0] if text.dim() > 0 else 1
+    return len(text) if isinstance(text, (list, tuple)) else 1
 
 
 def _is_guided(pipeline: Any) -> bool:

@@ -34,7 +34,10 @@ class Experts:
     def __init__(self, num_steps: int | None) -> None:
         self._timeline: Timeline[None] = Timeline(lambda name: None, num_steps)
         self._sessions: dict[object, DiCacheSession] = {}
-        self._runs: dict[object, object] = {}  # the last one that each has seen
+        self._last: tuple[object, object] = (
+            None,
+            None,
+        )  # whose call was the last one, in which run
 
     def join(self, expert: object, session: DiCacheSession) -> None:
         """One of them has this session."""
@@ -44,9 +47,9 @@ class Experts:
         """The same call of this expert, placed in the whole run."""
         run = self._timeline.visit(where).run
         position = run.moments - 1
-        begins = self._runs.get(expert) is not run
+        begins = self._last != (expert, run)
         if begins:
-            self._runs[expert] = run
+            self._last = expert, run
             self._free_others(expert)
         return where._replace(
             begins=begins,
