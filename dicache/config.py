@@ -231,3 +231,5 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "gamma_range": (1.0, 2.0),
     },
 }
+
+PRESETS = tuple(_PRESETS)  # their names
