@@ -24,7 +24,7 @@ def cache_of(model) -> Cache:
 def masks(model) -> dict[str, str]:
     """A letter a step of every branch of the last run: C computed, c resumed, R reused."""
     found: dict[str, str] = {}
-    for stats in cache_of(model).last.stats:
+    for stats in cache_of(model).last:
         for name, records in stats.contexts.items():
             found[name] = found.get(name, "") + "".join(LETTERS[each.action] for each in records)
     return found
@@ -306,7 +306,7 @@ def test_heuns_two_calls_at_a_sigma_have_a_history_each(name):
     cached = apply(model, DiCacheConfig(threshold=0.1))
     actual = sample(cached, name, "heun")
     found = masks(cached)
-    assert len(cache_of(cached).last.stats) == 1, "one run"
+    assert len(cache_of(cached).last) == 1, "one run"
     assert found["cond"].count("R") >= 2 and found["cond#2"].count("R") >= 2, found
     # Their number in a step was one and is two: only from the third sigma on it is certain whose
     # is whose, and both histories begin there.

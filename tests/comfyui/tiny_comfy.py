@@ -114,7 +114,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
 _VIDEO = ("hunyuan_video", "wan", "wan_vace", "wan_camera")
 
 
-def make_model(name: str, seed: int = 0) -> Any:
+def make_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A `ModelPatcher` of a tiny model."""
     config, unet = CONFIGS[name]
     model = config(dict(unet)).get_model({}, device="cpu")
@@ -127,7 +127,9 @@ def make_model(name: str, seed: int = 0) -> Any:
         else:
             size = 0.8 / width**0.5 if weight.dim() > 1 else 0.05
             weight.copy_(size * torch.randn(weight.shape, generator=generator))
-    model.diffusion_model.to(torch.float32)
+    model.diffusion_model.to(dtype).dtype = dtype
+    if hasattr(model.diffusion_model, "patch_embedding"):  # Wan's is never of lower precision
+        model.diffusion_model.patch_embedding.float()
     for _, buffer in model.diffusion_model.named_buffers():
         if buffer.is_floating_point():
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))

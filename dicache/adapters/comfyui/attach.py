@@ -14,6 +14,7 @@ from ...config import DiCacheConfig
 from ...core.rules import Rules, resolve
 from ...driver.families import unwrapped
 from ...error_rules import ERROR_RULES
+from ...stats import RunStats
 from .run import LOG, Run
 from .table import Block, find_model
 
@@ -65,13 +66,14 @@ class Cache:
     """What the wrappers of one node share: the run that is under way, if there is one.
 
     Attributes:
-        last: The last run that ended by itself.
+        last: Statistics of the last run that ended by itself: one, or more where its sampler went
+            back to an earlier step.
     """
 
     def __init__(self, rules: Rules, start: float = 0.0, end: float = 1.0) -> None:
         self._rules, self._start, self._end = rules, start, end
         self._run: Run | None = None
-        self.last: Run | None = None
+        self.last: list[RunStats] = []
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a sampling run; args are noise, latent image, sampler, sigmas and more."""
@@ -81,7 +83,7 @@ class Cache:
             result = executor(*args, **kwargs)
             if run is not None:
                 LOG.info(run.report())
-                self.last = run
+                self.last = run.stats
             return result
         finally:
             self._run = outer

@@ -33,6 +33,7 @@ class Run:
 
     Attributes:
         is_off: Whether all further calls are left alone.
+        stats: What was done; another one for each time that the sampler went back.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Run:
         self._blocks, self._window = blocks, window
         self._session = DiCacheSession(rules)
         self._locator = Locator(sigmas, sampler)
-        self._stats: list[RunStats] = []  # a sampler that goes back begins another
+        self.stats: list[RunStats] = []
         self._num_calls = self._num_run = 0
 
     def call(self, options: Mapping[str, Any], control: Any) -> Call:
@@ -74,11 +75,6 @@ class Run:
         """Free all state."""
         self._session.reset()
 
-    @property
-    def stats(self) -> list[RunStats]:
-        """What was done, a run of the session each: usually one."""
-        return self._stats
-
     def report(self) -> str:
         """What was done, in a line."""
         if not self._num_calls:
@@ -93,14 +89,14 @@ class Run:
     def _records(self) -> dict[str, list[str]]:
         """The actions of every branch."""
         actions: dict[str, list[str]] = {}
-        for stats in self._stats:
+        for stats in self.stats:
             for name, records in stats.contexts.items():
                 actions.setdefault(name, []).extend(each.action for each in records)
         return actions
 
     def _open(self, step: Step) -> Step:
-        if not any(stats is step.stats for stats in self._stats):
-            self._stats.append(step.stats)
+        if not any(stats is step.stats for stats in self.stats):
+            self.stats.append(step.stats)
         return step
 
 
