@@ -234,6 +234,17 @@ def test_an_exception_frees_the_run():
     assert torch.equal(sample(cached), sample(fresh))
 
 
+@pytest.mark.parametrize("fails_at", [-1, 12])
+def test_no_tensor_outlives_its_run_whoever_holds_the_run(fails_at):
+    cached, runs = apply(Patcher(), DiCacheConfig(schedule=SCHEDULE)), []
+    cached.model.diffusion_model.fails_at = fails_at
+    try:
+        sample(cached, before=lambda step: runs.append(cache_of(cached)._run))
+    except RuntimeError:
+        assert fails_at > 0
+    assert runs[0] is runs[-1] and list(runs[0]._session.timeline.run.branches) == []
+
+
 def test_a_run_inside_of_a_run_is_a_run_of_its_own():
     cached = apply(Patcher(), DiCacheConfig(schedule=SCHEDULE))
     expected = sample(cached)
