@@ -7,11 +7,14 @@ formulas written down a second time in `twin.py`.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from tiny_models import FAMILIES, blocks, build, calls
+from helpers import masks
+from tiny_models import FAMILIES, blocks, branches, build, calls, run_model
 from torch import Tensor, nn
 from twin import Twin, assert_close, expected_run
 
@@ -30,7 +33,7 @@ EVERY_SECOND = {**NEVER, "threshold": float("inf"), "max_consecutive_reuse": 1}
 
 
 def run(model: nn.Module, steps: list[dict[str, Any]]) -> list[Tensor]:
-    return [model(**inputs)[0] for inputs in steps]
+    return [run_model(model, inputs) for inputs in steps]
 
 
 def check_schedule(name: str, mask: str, probe_depth: int = 1, **config: Any) -> None:
@@ -117,6 +120,48 @@ def test_remove_restores_the_model(name):
     for copied in (model, copy.deepcopy(model)):
         for output, expected in zip(run(copied, steps), plain, strict=True):
             assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_branches_of_guidance_on_a_bare_transformer(name):
+    """Nobody names them there, so that only their prompts tell them apart."""
+    mask, runs = "CCRRCR", branches(name, 6)
+    model, twin = build(name), Twin(name, build(name))
+    apply_dicache(model, DiCacheConfig(schedule=mask))
+    outputs: list[list[Tensor]] = [[], []]
+    for pair in zip(*runs, strict=True):
+        for made, inputs in zip(outputs, pair, strict=True):
+            made.append(run_model(model, inputs))
+    assert masks(model, resumed="C") == {"branch0": mask, "branch1": mask}
+    rules = DiCacheConfig()
+    for made, steps in zip(outputs, runs, strict=True):
+        expected = expected_run(twin, steps, mask, rules.alignment, rules.gamma_range)
+        for output, step in zip(made, expected, strict=True):
+            assert_close(output, step.output)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_second_run_on_a_bare_transformer_equals_a_first_one(name):
+    used, fresh = build(name), build(name)
+    for model in (used, fresh):
+        apply_dicache(model, DiCacheConfig(**EVERY_SECOND))
+    run(used, calls(name, seed=3))
+    for output, expected in zip(run(used, calls(name)), run(fresh, calls(name)), strict=True):
+        assert torch.equal(output, expected)
+    assert get_stats(used) == get_stats(fresh)
+
+
+# What diffusers' models call that which they add or change behind their first block.
+BEHIND = ("control", "skip_layers", "attention_kwargs", "residual")
+
+
+@pytest.mark.parametrize("family", supported_families(), ids=lambda family: family.name)
+def test_what_is_added_behind_the_probe_is_named_in_the_row(family):
+    forward = getattr(diffusers, family.model_class).forward
+    arguments = inspect.signature(forward).parameters
+    added = {name for name in arguments if any(word in name for word in BEHIND)}
+    assert added <= set(family.behind_probe)
+    assert family.timestep in arguments and family.text in arguments
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

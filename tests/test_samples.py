@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, blocks, build, calls
+from tiny_models import FAMILIES, blocks, build, calls, context, latents_of, run_model, with_latents
 from tiny_pipelines import pipeline, text
 from tiny_pipelines import run as run_pipeline
 from torch import Tensor, nn
@@ -34,24 +34,30 @@ def config(family: str, **changes: Any) -> DiCacheConfig:
 def batch_of(family: str) -> list[dict[str, Any]]:
     """The calls of one run whose samples move at different speeds."""
     runs = calls(family, NUM_STEPS, batch=BATCH)
-    first = runs[0]["hidden_states"]
+    first = latents_of(family, runs[0])
     speed = torch.tensor([0.3, 1.0, 3.0]).view(-1, *[1] * (first.dim() - 1))
+    bent = []
     for step, inputs in enumerate(runs):
-        bend = torch.sin(speed * step / 2) * first.flip(-1)
-        inputs["hidden_states"] = inputs["hidden_states"] + 0.3 * speed * bend
-    return runs
+        bend = 0.3 * speed * torch.sin(speed * step / 2) * first.flip(-1)
+        bent.append(with_latents(family, inputs, latents_of(family, inputs) + bend))
+    return bent
 
 
-def alone(inputs: dict[str, Any], row: int) -> dict[str, Any]:
-    """The call for one sample of the batch."""
+def alone(steps: list[dict[str, Any]], row: int) -> list[dict[str, Any]]:
+    """The calls for one sample of the batch; what the calls share stays one object."""
+    parts: dict[int, Any] = {}
 
     def part(name: str, value: Any) -> Any:
+        if isinstance(value, list) and len(value) == BATCH:  # one a sample
+            return value[row : row + 1]
         if isinstance(value, list):
             return [part(name, each) for each in value]
         shared = name.endswith("_ids") or not isinstance(value, Tensor)
-        return value if shared or value.shape[0] != BATCH else value[row : row + 1]
+        if shared or value.shape[0] != BATCH:
+            return value
+        return parts.setdefault(id(value), value[row : row + 1])
 
-    return {name: part(name, value) for name, value in inputs.items()}
+    return [{name: part(name, value) for name, value in inputs.items()} for inputs in steps]
 
 
 def run(family: str, steps: list[dict[str, Any]], **changes: Any) -> tuple[Any, list[Tensor]]:
@@ -59,8 +65,8 @@ def run(family: str, steps: list[dict[str, Any]], **changes: Any) -> tuple[Any, 
     apply_dicache(model, config(family, **changes))
     outputs = []
     for inputs in steps:
-        with model.cache_context("cond"):
-            outputs.append(model(**inputs)[0])
+        with context(model, "cond"):
+            outputs.append(run_model(model, inputs))
     return model, outputs
 
 
@@ -80,7 +86,7 @@ def check_against_runs_alone(family: str, steps: list[dict[str, Any]], **changes
     assert len(set(together)) > 1, "the samples agree, so nothing is tested"
     evaluations = 0
     for row in range(BATCH):
-        single, expected = run(family, [alone(inputs, row) for inputs in steps], **changes)
+        single, expected = run(family, alone(steps, row), **changes)
         assert schedules(single) == [together[row]]
         evaluations += get_stats(single).block_samples
         for output, wanted in zip(outputs, expected, strict=True):

@@ -9,11 +9,13 @@ carries the image tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
 import torch
+from diffusers import CacheMixin
 from torch import Tensor, nn
 
 TEXT_TOKENS = 5
@@ -33,6 +35,8 @@ class TinyFamily:
         image_output: Place of the image tokens in the tuple that a block returns. A block that
             returns a bare tensor has them at the tensor's end.
         timesteps: First and last timestep of a run.
+        names: Arguments of a call that carry latents and timestep.
+        as_list: Whether latents go in and come out as a list, a tensor a sample.
     """
 
     model_class: str
@@ -42,6 +46,8 @@ class TinyFamily:
     stacks: tuple[str, ...] = ("transformer_blocks",)
     image_output: int = 0
     timesteps: tuple[float, float] = (1000.0, 100.0)
+    names: tuple[str, str] = ("hidden_states", "timestep")
+    as_list: bool = False
 
 
 def build(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
@@ -68,17 +74,50 @@ def calls(
     for share in torch.linspace(0, 1, num_steps).tolist():
         # The probes of a straight line would all be alike; the wave bends it.
         wave = 0.3 * torch.sin(4 * share + picture)
-        moving = {
-            "hidden_states": (1 - share) * noise + share * picture + wave,
-            "timestep": torch.full((batch,), first + share * (last - first)),
+        inputs = {
+            family.names[1]: torch.full((batch,), first + share * (last - first)),
+            "return_dict": False,
+            **arguments,
         }
-        steps.append({**arguments, **moving, "return_dict": False})
+        steps.append(with_latents(name, inputs, (1 - share) * noise + share * picture + wave))
     return steps
+
+
+def latents_of(name: str, inputs: dict[str, Any]) -> Tensor:
+    """The latents of a call, as one tensor."""
+    return _as_tensor(inputs[FAMILIES[name].names[0]])
+
+
+def with_latents(name: str, inputs: dict[str, Any], latents: Tensor) -> dict[str, Any]:
+    """The call with these latents instead."""
+    family = FAMILIES[name]
+    return {**inputs, family.names[0]: [*latents] if family.as_list else latents}
+
+
+def run_model(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """What the model makes of the latents of a call, as one tensor."""
+    return _as_tensor(model(**inputs)[0])
+
+
+def branches(name: str, num_steps: int) -> list[list[dict[str, Any]]]:
+    """The calls of two branches of guidance: the same latents, and a prompt of each one's own."""
+    one, other = calls(name, num_steps), calls(name, num_steps, seed=7)
+    keys = FAMILIES[name].names
+    return [one, [{**o, **{k: i[k] for k in keys}} for i, o in zip(one, other, strict=True)]]
+
+
+def context(model: Any, name: str) -> AbstractContextManager[Any]:
+    """That a pipeline would put around a call, where the model's class knows any."""
+    return model.cache_context(name) if isinstance(model, CacheMixin) else nullcontext()
 
 
 def blocks(name: str, model: nn.Module) -> list[nn.Module]:
     """The model's blocks, in the order in which they run."""
     return [block for stack in FAMILIES[name].stacks for block in getattr(model, stack)]
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return torch.stack(value) if isinstance(value, list) else value
 
 
 def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -172,6 +211,15 @@ def _ltx_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, 
 def _mochi_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
     inputs = _masked_inputs(batch, size, generator)
     return {**inputs, "encoder_attention_mask": inputs["encoder_attention_mask"].bool()}
+
+
+def _sd3_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    pooled = torch.randn(batch, 16, generator=generator)
+    return {**_text_inputs(batch, size, generator), "pooled_projections": pooled}
+
+
+def _picture(channels: int, patch: int = 2) -> Callable[[int, int], tuple[int, ...]]:
+    return lambda batch, size: (batch, channels, patch * size, patch * size)
 
 
 def _packed(channels: int, frames: int = 1) -> Callable[[int, int], tuple[int, ...]]:
@@ -345,6 +393,60 @@ FAMILIES: dict[str, TinyFamily] = {
         },
         _video(9, patch=1),
         _hunyuan15_inputs,
+    ),
+    "sd3": TinyFamily(
+        "SD3Transformer2DModel",
+        {
+            **_HEADS,
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 4,
+            "joint_attention_dim": TEXT_WIDTH,
+            "caption_projection_dim": 24,
+            "pooled_projection_dim": 16,
+            "pos_embed_max_size": 16,
+            "dual_attention_layers": (0, 1),
+            "qk_norm": "rms_norm",
+        },
+        _picture(4),
+        _sd3_inputs,
+        image_output=1,
+    ),
+    "auraflow": TinyFamily(
+        "AuraFlowTransformer2DModel",
+        {
+            **_HEADS,
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_mmdit_layers": 2,
+            "num_single_dit_layers": 2,
+            "joint_attention_dim": TEXT_WIDTH,
+            "caption_projection_dim": 24,
+            "pos_embed_max_size": 64,
+        },
+        _picture(4),
+        _text_inputs,
+        stacks=("joint_transformer_blocks", "single_transformer_blocks"),
+        image_output=1,
+        timesteps=_UNIT,
+    ),
+    "sana": TinyFamily(
+        "SanaTransformer2DModel",
+        {
+            **_HEADS,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 4,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 12,
+            "cross_attention_dim": 24,
+            "caption_channels": TEXT_WIDTH,
+            "sample_size": 4,
+        },
+        _picture(4, patch=1),
+        _masked_inputs,
     ),
 }
 

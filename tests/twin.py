@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tiny_models import FAMILIES, blocks
+from tiny_models import FAMILIES, blocks, run_model
 from torch import Tensor, nn
 
 
@@ -59,7 +59,7 @@ class Twin:
             self.blocks[-1].register_forward_hook(keep("y")),
         ]
         with _removed_after(hooks):
-            output = self.model(**inputs)[0]
+            output = run_model(self.model, inputs)
         return Capture(seen["x"], seen["p"], seen["y"], output)
 
     def head(self, inputs: dict[str, Any], y: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Twin:
             return tuple(parts)
 
         with _removed_after([self.blocks[-1].register_forward_hook(replace)]):
-            return self.model(**inputs)[0]
+            return run_model(self.model, inputs)
 
     def _image(self, output: Any, x: Tensor) -> Tensor:
         tokens = output if isinstance(output, Tensor) else output[self.image_output]

@@ -49,6 +49,7 @@ TEXT_STREAMS = (TEXT, "text", "txt", "context")
 BEHIND_PROBE = (
     "controlnet_block_samples",
     "controlnet_single_block_samples",
+    "controlnet_blocks_repeat",
     "block_controlnet_hidden_states",
     "control_hidden_states",
     "control_hidden_states_scale",

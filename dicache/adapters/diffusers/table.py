@@ -11,7 +11,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...driver.families import HIDDEN, PER_SAMPLE, TEXT, BlockStack, ModelFamily, register_family
+from ...driver.families import (
+    HIDDEN,
+    PER_SAMPLE,
+    TEXT,
+    TIMESTEP,
+    BlockStack,
+    ModelFamily,
+    register_family,
+)
 
 _TEXT_FIRST, _TEXT_LAST = (TEXT, HIDDEN), (HIDDEN, TEXT)
 _FLUX: dict[str, Any] = {"threshold": 0.4, "alignment_threshold": 0.07}
@@ -112,6 +120,38 @@ for _family in (
         (BlockStack("transformer_blocks", _TEXT_LAST),),
         module="diffusers",
         **_HUNYUAN_VIDEO,
+    ),
+    ModelFamily(
+        "sd3",  # and 3.5
+        "SD3Transformer2DModel",
+        (
+            BlockStack(
+                "transformer_blocks",
+                _TEXT_FIRST,
+                per_sample=(*PER_SAMPLE, "joint_attention_kwargs.temb"),
+            ),
+        ),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "auraflow",
+        "AuraFlowTransformer2DModel",
+        (
+            BlockStack("joint_transformer_blocks", _TEXT_FIRST),
+            BlockStack(
+                "single_transformer_blocks", text_in_front=True, whole_for=("attention_kwargs",)
+            ),
+        ),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "sana",
+        "SanaTransformer2DModel",
+        (BlockStack("transformer_blocks", per_sample=(*PER_SAMPLE, TIMESTEP)),),
+        module="diffusers",
+        **_FLUX,
     ),
 ):
     register_family(_family)
