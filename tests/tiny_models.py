@@ -218,6 +218,66 @@ def _sd3_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, 
     return {**_text_inputs(batch, size, generator), "pooled_projections": pooled}
 
 
+def _cogview4_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    side = torch.full((batch, 2), 16.0 * size)
+    sizes = {"original_size": side, "target_size": side, "crop_coords": torch.zeros(batch, 2)}
+    return {**_text_inputs(batch, size, generator), **sizes}
+
+
+def _hunyuan_image_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        **_masked_inputs(batch, size, generator),
+        "encoder_hidden_states_2": _text(batch, generator),
+        "encoder_attention_mask_2": _mask(batch),
+    }
+
+
+def _ids_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    ids = {"img_ids": _grid(size, 3), "txt_ids": torch.zeros(TEXT_TOKENS, 3)}
+    return {**_text_inputs(batch, size, generator), **ids}
+
+
+def _kandinsky_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        **_sd3_inputs(batch, size, generator),
+        "visual_rope_pos": (torch.arange(2), torch.arange(size), torch.arange(size)),
+        "text_rope_pos": torch.arange(TEXT_TOKENS),
+        "return_dict": True,  # the only way to get more than the first sample by number
+    }
+
+
+def _lumina_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    # Masks of ones: what fills up shorter texts is a part of the tokens, and of their errors.
+    mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.long)
+    return {**_text_inputs(batch, size, generator), "encoder_attention_mask": mask}
+
+
+def _vace_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    control = torch.randn(batch, 6, 2, 2 * size, 2 * size, generator=generator)
+    return {
+        **_text_inputs(batch, size, generator),
+        "control_hidden_states": control,
+        "control_hidden_states_scale": torch.tensor([1.0, 0.5]),
+    }
+
+
+def _framepack_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    def history(frames: int) -> Tensor:
+        return torch.randn(batch, 4, frames, 2 * size, 2 * size, generator=generator)
+
+    return {
+        **_hunyuan_inputs(batch, size, generator),
+        "image_embeds": torch.randn(batch, 2, 16, generator=generator),
+        "indices_latents": torch.arange(8, 10),
+        "latents_clean": history(2),
+        "indices_latents_clean": torch.tensor([0, 7]),
+        "latents_history_2x": history(2),
+        "indices_latents_history_2x": torch.arange(5, 7),
+        "latents_history_4x": history(4),
+        "indices_latents_history_4x": torch.arange(1, 5),
+    }
+
+
 def _picture(channels: int, patch: int = 2) -> Callable[[int, int], tuple[int, ...]]:
     return lambda batch, size: (batch, channels, patch * size, patch * size)
 
@@ -232,6 +292,16 @@ def _video(channels: int, patch: int = 2) -> Callable[[int, int], tuple[int, ...
 
 _HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12}
 _JOINT: dict[str, Any] = {"num_layers": 2, "num_single_layers": 2, **_HEADS}
+_WAN: dict[str, Any] = {
+    **_HEADS,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": TEXT_WIDTH,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 4,
+    "rope_max_seq_len": 32,
+}
 _TWO_STACKS = ("transformer_blocks", "single_transformer_blocks")
 _UNIT = (1.0, 0.1)  # the timesteps of models that multiply them by 1000 themselves
 
@@ -270,16 +340,7 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "wan": TinyFamily(
         "WanTransformer3DModel",
-        {
-            **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": TEXT_WIDTH,
-            "freq_dim": 16,
-            "ffn_dim": 32,
-            "num_layers": 4,
-            "rope_max_seq_len": 32,
-        },
+        _WAN,
         _video(4),
         _text_inputs,
         stacks=("blocks",),
@@ -447,6 +508,103 @@ FAMILIES: dict[str, TinyFamily] = {
         },
         _picture(4, patch=1),
         _masked_inputs,
+    ),
+    "cogview4": TinyFamily(
+        "CogView4Transformer2DModel",
+        {
+            **_HEADS,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 4,
+            "text_embed_dim": TEXT_WIDTH,
+            "time_embed_dim": 16,
+            "condition_dim": 4,
+            "pos_embed_max_size": 16,
+            "sample_size": 8,
+            "rope_axes_dim": (16, 16),
+        },
+        _picture(4),
+        _cogview4_inputs,
+    ),
+    "hunyuan-image": TinyFamily(
+        "HunyuanImageTransformer2DModel",
+        {
+            **_JOINT,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_refiner_layers": 1,
+            "mlp_ratio": 2.0,
+            "text_embed_dim": TEXT_WIDTH,
+            "text_embed_2_dim": TEXT_WIDTH,
+            "rope_axes_dim": (6, 6),
+        },
+        _picture(4, patch=1),
+        _hunyuan_image_inputs,
+        stacks=_TWO_STACKS,
+    ),
+    "longcat-image": TinyFamily(
+        "LongCatImageTransformer2DModel",
+        {
+            **_JOINT,
+            "in_channels": 16,
+            "joint_attention_dim": TEXT_WIDTH,
+            "pooled_projection_dim": 16,
+            "axes_dims_rope": (4, 4, 4),
+        },
+        _packed(16),
+        _ids_inputs,
+        stacks=_TWO_STACKS,
+        image_output=1,
+        timesteps=_UNIT,
+    ),
+    "ovis-image": TinyFamily(
+        "OvisImageTransformer2DModel",
+        {
+            **_JOINT,
+            "in_channels": 16,
+            "out_channels": 16,
+            "joint_attention_dim": TEXT_WIDTH,
+            "axes_dims_rope": (4, 4, 4),
+        },
+        _packed(16),
+        _ids_inputs,
+        stacks=_TWO_STACKS,
+        image_output=1,
+        timesteps=_UNIT,
+    ),
+    "bria": TinyFamily(
+        "BriaTransformer2DModel",
+        {
+            **_JOINT,
+            "in_channels": 16,
+            "joint_attention_dim": TEXT_WIDTH,
+            "axes_dims_rope": (4, 4, 4),
+        },
+        _packed(16),
+        _ids_inputs,
+        stacks=_TWO_STACKS,
+        image_output=1,
+    ),
+    "lumina2": TinyFamily(
+        "Lumina2Transformer2DModel",
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "hidden_size": 24,
+            "num_layers": 4,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "multiple_of": 8,
+            "axes_dim_rope": (4, 4, 4),
+            "axes_lens": (32, 16, 16),
+            "cap_feat_dim": TEXT_WIDTH,
+        },
+        _picture(4),
+        _lumina_inputs,
+        stacks=("layers",),
+        timesteps=(0.0, 0.9),
     ),
 }
 

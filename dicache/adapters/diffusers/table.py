@@ -153,5 +153,66 @@ for _family in (
         module="diffusers",
         **_FLUX,
     ),
+    ModelFamily(
+        "cogview4",
+        "CogView4Transformer2DModel",
+        (BlockStack("transformer_blocks", _TEXT_LAST),),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "hunyuan-image",  # HunyuanImage 2.1
+        "HunyuanImageTransformer2DModel",
+        (
+            BlockStack("transformer_blocks", _TEXT_LAST),
+            BlockStack("single_transformer_blocks", _TEXT_LAST, whole_for=("attention_kwargs",)),
+        ),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "longcat-image",
+        "LongCatImageTransformer2DModel",
+        (
+            BlockStack("transformer_blocks", _TEXT_FIRST),
+            BlockStack("single_transformer_blocks", _TEXT_FIRST, whole_for=()),
+        ),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "ovis-image",
+        "OvisImageTransformer2DModel",
+        (
+            BlockStack("transformer_blocks", _TEXT_FIRST),
+            BlockStack(
+                "single_transformer_blocks", _TEXT_FIRST, whole_for=("joint_attention_kwargs",)
+            ),
+        ),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "bria",
+        "BriaTransformer2DModel",
+        (
+            BlockStack("transformer_blocks", _TEXT_FIRST),
+            BlockStack(
+                "single_transformer_blocks",
+                _TEXT_FIRST,
+                whole_for=("controlnet_single_block_samples", "attention_kwargs"),
+            ),
+        ),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "lumina2",  # its tokens are text and image in one, each sample with tables of its own
+        "Lumina2Transformer2DModel",
+        (BlockStack("layers", per_sample=(*PER_SAMPLE, "image_rotary_emb")),),
+        ascending_timesteps=True,
+        module="diffusers",
+        **_FLUX,
+    ),
 ):
     register_family(_family)
