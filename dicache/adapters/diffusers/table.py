@@ -214,5 +214,50 @@ for _family in (
         module="diffusers",
         **_FLUX,
     ),
+    ModelFamily(
+        "skyreels-v2",
+        "SkyReelsV2Transformer3DModel",
+        (BlockStack("blocks"),),
+        module="diffusers",
+        **_WAN,
+    ),
+    ModelFamily(
+        "chronoedit",
+        "ChronoEditTransformer3DModel",
+        (BlockStack("blocks"),),
+        module="diffusers",
+        **_WAN,
+    ),
+    ModelFamily(
+        "wan-vace",  # the blocks that make its hints run in every step
+        "WanVACETransformer3DModel",
+        (BlockStack("blocks"),),
+        module="diffusers",
+        **_WAN,
+    ),
+    ModelFamily(
+        "framepack",
+        "HunyuanVideoFramepackTransformer3DModel",
+        (
+            BlockStack("transformer_blocks", _TEXT_LAST),
+            BlockStack("single_transformer_blocks", _TEXT_LAST, whole_for=("attention_kwargs",)),
+        ),
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
+    ),
+    ModelFamily(
+        "kandinsky5",
+        "Kandinsky5Transformer3DModel",
+        (
+            BlockStack(
+                "visual_transformer_blocks",
+                ("visual_embed",),
+                hidden_states="visual_embed",
+                per_sample=("visual_embed", "text_embed", "time_embed", "rope"),
+            ),
+        ),
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
+    ),
 ):
     register_family(_family)
