@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from tiny_models import FAMILIES, blocks, build, calls, context, latents_of, run_model, with_latents
 from tiny_pipelines import pipeline, text
 from tiny_pipelines import run as run_pipeline
@@ -18,7 +19,7 @@ LETTERS = {"compute": "C", "resume": "c", "reuse": "R"}
 NUM_STEPS, BATCH = 12, 3
 # A threshold for each family's tiny model at which samples disagree.
 THRESHOLDS = dict.fromkeys(FAMILIES, 0.05)
-THRESHOLDS |= {"flux2": 0.025, "hunyuan-video-1.5": 0.03, "mochi": 0.15}
+THRESHOLDS |= {"flux2": 0.025, "hunyuan-video-1.5": 0.03, "mochi": 0.15, "z-image": 0.1}
 
 
 def config(family: str, **changes: Any) -> DiCacheConfig:
@@ -52,6 +53,8 @@ def alone(steps: list[dict[str, Any]], row: int) -> list[dict[str, Any]]:
             return value[row : row + 1]
         if isinstance(value, list):
             return [part(name, each) for each in value]
+        if isinstance(value, dict):
+            return {key: part(key, each) for key, each in value.items()}
         shared = name.endswith("_ids") or not isinstance(value, Tensor)
         if shared or value.shape[0] != BATCH:
             return value
@@ -61,7 +64,12 @@ def alone(steps: list[dict[str, Any]], row: int) -> list[dict[str, Any]]:
 
 
 def run(family: str, steps: list[dict[str, Any]], **changes: Any) -> tuple[Any, list[Tensor]]:
-    model = build(family)
+    return run_on(build(family), family, steps, **changes)
+
+
+def run_on(
+    model: Any, family: str, steps: list[dict[str, Any]], **changes: Any
+) -> tuple[Any, list[Tensor]]:
     apply_dicache(model, config(family, **changes))
     outputs = []
     for inputs in steps:
@@ -124,6 +132,36 @@ def test_residuals_added_between_blocks_reach_every_sample() -> None:
         inputs["controlnet_block_samples"] = control
         inputs["controlnet_single_block_samples"] = control
     check_against_runs_alone("flux", steps)
+
+
+def test_image_prompts_of_sd3_have_a_row_a_sample() -> None:
+    """Its IP-Adapter is given the timestep's embedding beside the picture's."""
+    steps, generator = batch_of("sd3"), torch.Generator().manual_seed(5)
+    picture = torch.randn(BATCH, 2, 16, generator=generator)
+    for inputs in steps:
+        temb = torch.randn(BATCH, 8, generator=generator)
+        inputs["joint_attention_kwargs"] = {"ip_hidden_states": picture, "temb": temb}
+    model = build("sd3")
+    put_on_image_prompts(model)
+    _, expected = run_on(model, "sd3", steps)
+    for row in range(BATCH):
+        single = build("sd3")
+        put_on_image_prompts(single)
+        _, outputs = run_on(single, "sd3", alone(steps, row))
+        for output, wanted in zip(outputs, expected, strict=True):
+            assert (output - wanted[row : row + 1]).norm() <= 1e-5 * output.norm()
+    assert len(set(schedules(model))) > 1
+    evaluations = sum(
+        schedule.count("R") + 4 * (NUM_STEPS - schedule.count("R")) for schedule in schedules(model)
+    )
+    assert get_stats(model).block_samples == evaluations
+
+
+def put_on_image_prompts(model: Any) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for block in model.transformer_blocks:
+            block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(24, 16, 12, 8))
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -259,6 +297,11 @@ def test_rows_are_gathered_by_name_and_scattered_back() -> None:
     assert given["kwargs"]["ip"][0] is whole  # the caller's dictionary is as it was
     scattered = rows.scatter(-whole[[0, 2]], whole)
     assert torch.equal(scattered, torch.stack([-whole[0], whole[1], -whole[2]]))
+    options = {"kwargs": {"ip": whole, "temb": whole, "mask": whole}}
+    named = rows.gather(options, ("kwargs.ip", "kwargs.temb", "kwargs.mask"))["kwargs"]
+    assert all(torch.equal(each, whole[[0, 2]]) for each in named.values()) and len(named) == 3
+    with pytest.raises(UnknownSamplesError, match="'kwargs' holds"):
+        rows.gather(options, ("kwargs.ip", "kwargs.temb"))
     with pytest.raises(UnknownSamplesError, match="'rope' has shape"):
         rows.gather({"rope": torch.zeros(2, 4)}, ("rope",))
     with pytest.raises(UnknownSamplesError, match="'other' holds"):

@@ -34,18 +34,20 @@ class Samples:
                 argument that is not named may have a row a sample, too.
         """
         gathered = dict(arguments)
-        for name in arguments.keys() - {path.partition(".")[0] for path in per_sample}:
-            self._check_shared(arguments[name], name)
+        for name in arguments.keys() - set(per_sample):
+            value = arguments[name]
+            if isinstance(value, dict):
+                value = {
+                    key: each for key, each in value.items() if f"{name}.{key}" not in per_sample
+                }
+            self._check_shared(value, name)
         for path in per_sample:
             name, _, key = path.partition(".")
             value = gathered.get(name)
             if not key:
                 gathered[name] = self._of(value, path)
-            elif isinstance(value, dict):
-                others = {each: value[each] for each in value.keys() - {key}}
-                self._check_shared(others, name)
-                if key in value:
-                    gathered[name] = {**value, key: self._of(value[key], path)}
+            elif isinstance(value, dict) and key in value:
+                gathered[name] = {**value, key: self._of(value[key], path)}
         return {name: value for name, value in gathered.items() if name in arguments}
 
     def take(self, tensor: Tensor) -> Tensor:
