@@ -21,25 +21,17 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetModel
 from helpers import mask, masks
 from peft import LoraConfig
 from test_hard_use import put_on_ip_adapter
-from tiny_models import FAMILIES, build, calls
+from tiny_models import build, calls
 from tiny_pipelines import pipeline, text
 from tiny_pipelines import run as run_pipeline
 from torch import Tensor, nn
 
-from dicache import (
-    BlockStack,
-    DiCacheConfig,
-    ModelFamily,
-    apply_dicache,
-    get_stats,
-    register_family,
-)
+from dicache import DiCacheConfig, apply_dicache, get_stats
 from dicache.core.behind import Added, Prompt
 from dicache.core.moves import FirstMoves
 from dicache.core.readback import Readback
 from dicache.core.sample import rows_of
 from dicache.demo import pipelines as demo
-from dicache.driver import families
 from dicache.driver.conditions import Conditions
 
 ALWAYS = DiCacheConfig(threshold=math.inf, retention_ratio=0, compute_last_step=False)
@@ -367,26 +359,6 @@ def test_a_pipelines_callback_exchanges_the_prompt() -> None:
     assert masks(pipe, resumed="C") == {"cond": MASK}
 
 
-# --- families of the user's own ------------------------------------------------------------------
-
-
-@pytest.fixture
-def own_families(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "_FAMILIES", [*families._FAMILIES])
-
-
-def vace_model() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = diffusers.WanVACETransformer3DModel(
-            **{**FAMILIES["wan"].config, "vace_layers": [0, 2], "vace_in_channels": 4}
-        )
-        for parameter in model.parameters():
-            if not parameter.any():
-                nn.init.normal_(parameter, std=0.1)
-    return model.eval().requires_grad_(False)
-
-
 VACE_SCALES = {
     "all": [0.4, 0.2],
     "all, a little": [0.9, 0.45],
@@ -396,18 +368,15 @@ VACE_SCALES = {
 
 
 @pytest.mark.parametrize("what", [*VACE_SCALES, "hints"])
-def test_hints_of_vace(what: str, own_families: None) -> None:
-    register_family(
-        ModelFamily("vace", "WanVACETransformer3DModel", (BlockStack("blocks"),), threshold=0.1)
-    )
-    steps = calls("wan", NUM_STEPS)
-    hints = torch.randn(2, 4, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+def test_hints_of_vace(what: str) -> None:
+    steps = calls("wan-vace", NUM_STEPS)
+    hints = steps[0]["control_hidden_states"]
     before, after = torch.tensor([1.0, 0.5]), torch.tensor(VACE_SCALES.get(what, [1.0, 0.5]))
     for index, inputs in enumerate(steps):
         is_after = index >= CHANGES_AT
         inputs["control_hidden_states_scale"] = after if is_after else before
         inputs["control_hidden_states"] = hints * (0.0 if is_after and what == "hints" else 1.0)
-    model, fresh = vace_model(), vace_model()
+    model, fresh = build("wan-vace"), build("wan-vace")
     apply_dicache(model, ALWAYS)
     outputs = [model(**inputs)[0] for inputs in steps]
     assert masks(model, resumed="C") == {"branch0": MASK}
