@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, calls
+from tiny_models import build, calls, run_model
 from twin import Twin, assert_close, expected_run
 
 from dicache import DiCacheConfig, apply_dicache, get_stats
@@ -23,9 +23,19 @@ CONTROLS: dict[str, list[dict[str, int]]] = {
     "flux": [{"block": 2, "single_block": 2}, {"block": 1}, {"single_block": 2}],
     "chroma": [{"block": 2, "single_block": 2}, {"block": 1}, {"single_block": 2}],
     "qwen-image": [{"block": 4}, {"block": 2}],
+    "bria": [{"block": 2}, {"block": 1}],
+    "sana": [{"block": 2}],
+    "sd3": [{"hidden_states": 4}, {"hidden_states": 2}],
+    "z-image": [{"block": 4}, {"block": 2}],
 }
 CASES = [(name, counts) for name, cases in CONTROLS.items() for counts in cases]
-WIDTH, TOKENS = 24, 16
+WIDTH = 24
+TOKENS = {"z-image": 32 + 32}  # picture and text, filled up to 32 each
+NAMES = {
+    "block": "controlnet_block_samples",
+    "single_block": "controlnet_single_block_samples",
+    "hidden_states": "block_controlnet_hidden_states",
+}
 
 
 def controlled_calls(name: str, counts: dict[str, int], num_steps: int) -> list[dict[str, Any]]:
@@ -33,9 +43,12 @@ def controlled_calls(name: str, counts: dict[str, int], num_steps: int) -> list[
     generator = torch.Generator().manual_seed(7)
     steps = calls(name, num_steps)
     for kind, count in counts.items():
-        first, way = torch.randn(2, count, 2, TOKENS, WIDTH, generator=generator)
+        first, way = torch.randn(2, count, 2, TOKENS.get(name, 16), WIDTH, generator=generator)
         for index, inputs in enumerate(steps):
-            inputs[f"controlnet_{kind}_samples"] = [*(first + 0.1 * index * way)]
+            added = [*(first + 0.1 * index * way)]
+            is_by_place = name == "z-image"  # of every other block, where there are but two
+            places = range(0, 4, 4 // count)
+            inputs[NAMES[kind]] = dict(zip(places, added, strict=True)) if is_by_place else added
     return steps
 
 
@@ -50,7 +63,7 @@ def test_reused_steps_count_control_residuals_once(name, counts, probe_depth):
     model = build(name)
     apply_dicache(model, rules)
     for inputs, step in zip(steps, expected, strict=True):
-        assert_close(model(**inputs)[0], step.output)
+        assert_close(run_model(model, inputs), step.output)
     assert get_stats(model).num_reused == 3
 
 
@@ -58,10 +71,10 @@ def test_reused_steps_count_control_residuals_once(name, counts, probe_depth):
 def test_resumed_steps_equal_no_cache_bit_by_bit(name, counts):
     model = build(name)
     steps = controlled_calls(name, counts, 4)
-    plain = [model(**inputs)[0] for inputs in steps]
+    plain = [run_model(model, inputs) for inputs in steps]
     apply_dicache(model, DiCacheConfig(threshold=0, retention_ratio=0, compute_last_step=False))
     for inputs, expected in zip(steps, plain, strict=True):
-        assert torch.equal(model(**inputs)[0], expected)
+        assert torch.equal(run_model(model, inputs), expected)
     assert get_stats(model).num_resumed == 3
 
 
@@ -96,6 +109,6 @@ def test_control_residuals_of_this_step_reach_the_head_on_a_reused_step():
             factor * sample for sample in steps[2]["controlnet_single_block_samples"]
         ]
         apply_dicache(model, DiCacheConfig(schedule="CCR"))
-        outputs.append([model(**inputs)[0] for inputs in steps][-1])
+        outputs.append([run_model(model, inputs) for inputs in steps][-1])
         model.disable_cache()
     assert (outputs[0] - outputs[1]).abs().max() > 0.1

@@ -78,6 +78,17 @@ def test_threshold_zero_equals_no_cache_bit_by_bit(name):
     assert torch.equal(run(name, pipe), plain)
 
 
+def test_every_section_of_framepack_is_a_run_of_its_own():
+    """A long video is made in sections, each from noise, with what was made before beside it."""
+    pipe = pipeline("framepack")
+    calls = record(pipe.transformer)
+    apply_dicache(pipe, RULES)
+    run("framepack", pipe, num_frames=9)
+    assert len(calls) == 2 * len(MASK)
+    for section in (calls[: len(MASK)], calls[len(MASK) :]):
+        check_calls("framepack", build("framepack"), section, MASK)
+
+
 # Every disturbance leaves the transformer with a history that the next run must not see.
 
 
@@ -100,14 +111,15 @@ def abort_between_steps(name: str, pipe: Any, step: int, **changes: Any) -> None
 
 
 def abort_in_model(name: str, pipe: Any, call: int) -> None:
-    block, left = list(pipe.transformer.children())[-1], [call]
+    part, left = list(pipe.transformer.children())[-1], [call]
 
     def fail(module: nn.Module, args: Any) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise AbortError
 
-    hook = block.register_forward_pre_hook(fail)
+    called = part[-1] if isinstance(part, nn.ModuleList) else part
+    hook = called.register_forward_pre_hook(fail)
     with pytest.raises(AbortError):
         run(name, pipe, seed=1)
     hook.remove()
@@ -116,9 +128,9 @@ def abort_in_model(name: str, pipe: Any, call: int) -> None:
 def run_in_double(name: str, pipe: Any) -> None:
     pipe.transformer.double()  # and back: every float32 survives that
     embeddings = {
-        key: value.double()
+        key: [each.double() for each in value] if isinstance(value, list) else value.double()
         for key, value in PIPELINES[name].arguments().items()
-        if isinstance(value, Tensor)
+        if isinstance(value, (Tensor, list))
     }
     run(name, pipe, seed=1, **embeddings)
     pipe.transformer.float()
@@ -146,7 +158,9 @@ DISTURBANCES: dict[str, Callable[[str, Any], None]] = {
 
 
 @pytest.mark.parametrize("disturbance", DISTURBANCES)
-@pytest.mark.parametrize("name", ("flux-true-guidance", "flux-img2img", "wan", "wan-v2v", "mochi"))
+@pytest.mark.parametrize(
+    "name", ("flux-true-guidance", "flux-img2img", "wan", "wan-v2v", "mochi", "z-image")
+)
 def test_a_run_after_another_equals_a_fresh_one(name, disturbance):
     fresh, used = pipeline(name), pipeline(name)
     for pipe in (fresh, used):

@@ -274,6 +274,16 @@ def test_without_noise_nothing_is_told(trained: Any, num_steps: int) -> None:
         remove_dicache(model)
 
 
+@pytest.mark.parametrize("name", ("z-image", "lumina2"))
+def test_tokens_that_the_timestep_moves_tell_nothing_of_noise(name: str) -> None:
+    """Refiners see the timestep before block 0: Z-Image's first moves point against each other."""
+    pipe = pipeline(name)
+    apply_dicache(pipe, DiCacheConfig(threshold=math.inf, num_inference_steps=12))
+    with told():
+        run(name, pipe, 12)
+    assert all(mask.count("R") > 6 for mask in masks(pipe).values())
+
+
 def test_a_threshold_of_ones_own_is_told_of_noise_and_obeyed(trained: Any) -> None:
     model, inputs = trained
     apply_dicache(model, DiCacheConfig(**ALWAYS, num_inference_steps=12))

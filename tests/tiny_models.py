@@ -278,6 +278,10 @@ def _framepack_inputs(batch: int, size: int, generator: torch.Generator) -> dict
     }
 
 
+def _z_image_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {"cap_feats": [*_text(batch, generator)]}
+
+
 def _picture(channels: int, patch: int = 2) -> Callable[[int, int], tuple[int, ...]]:
     return lambda batch, size: (batch, channels, patch * size, patch * size)
 
@@ -663,6 +667,26 @@ FAMILIES: dict[str, TinyFamily] = {
         lambda batch, size: (batch, 2, 2 * size, 2 * size, 4),
         _kandinsky_inputs,
         stacks=("visual_transformer_blocks",),
+    ),
+    "z-image": TinyFamily(
+        "ZImageTransformer2DModel",
+        {
+            "in_channels": 4,
+            "dim": 24,
+            "n_layers": 4,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": TEXT_WIDTH,
+            "axes_dims": [4, 4, 4],
+            "axes_lens": [128, 16, 16],
+        },
+        lambda batch, size: (batch, 4, 1, 2 * size, 2 * size),
+        _z_image_inputs,
+        stacks=("layers",),
+        timesteps=(0.0, 0.9),
+        names=("x", "t"),
+        as_list=True,
     ),
 }
 

@@ -13,9 +13,16 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from tiny_models import TEXT_TOKENS, TEXT_WIDTH, build
 from torch import Tensor, nn
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 
 @dataclass(frozen=True)
@@ -77,18 +84,22 @@ def run(name: str, pipe: Any, num_steps: int = 6, seed: int = 0, **changes: Any)
         "return_dict": False,
         **changes,
     }
-    return pipe(**arguments)[0]
+    made = pipe(**arguments)[0]
+    return made[-1] if isinstance(made, list) else made  # Framepack tells of every section
 
 
 def record(transformer: nn.Module) -> list[Call]:
     """A list that fills with the transformer's calls from now on."""
     calls: list[Call] = []
 
+    names = [*inspect.signature(type(transformer).forward).parameters][1:]
+
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        assert not args, "these pipelines call with keywords"
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         # Pipelines change a dictionary of theirs between the branches.
-        given = {name: dict(v) if isinstance(v, dict) else v for name, v in kwargs.items()}
-        calls.append(Call(given, output[0]))
+        given = {name: dict(v) if isinstance(v, dict) else v for name, v in given.items()}
+        made = output[0]
+        calls.append(Call(given, torch.stack(made) if isinstance(made, list) else made))
 
     transformer.register_forward_hook(note, with_kwargs=True)
     return calls
@@ -98,13 +109,14 @@ def by_branch(calls: list[Call]) -> list[list[Call]]:
     """The calls of every branch, told apart by the values of their text embedding."""
     branches: dict[float, list[Call]] = {}
     for call in calls:
-        branches.setdefault(float(call.inputs["encoder_hidden_states"].sum()), []).append(call)
+        prompts = call.inputs.get("encoder_hidden_states", call.inputs.get("cap_feats"))
+        branches.setdefault(float(sum(each.sum() for each in prompts)), []).append(call)
     return list(branches.values())
 
 
 def scheduler(family: str) -> Any:
     """The scheduler that the family's pipelines come with."""
-    if family == "wan":
+    if family in ("wan", "wan-vace"):
         return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     if family == "cogvideox":
         return diffusers.CogVideoXDDIMScheduler()
@@ -198,6 +210,67 @@ def _qwen() -> dict[str, Any]:
     return {**prompt, **negative, "true_cfg_scale": 3.0, "height": 64, "width": 64}
 
 
+def _z_image() -> dict[str, Any]:
+    prompts = {"prompt_embeds": [text(0)[0]], "negative_prompt_embeds": [text(1)[0, :3]]}
+    return {**prompts, "guidance_scale": 3.0, "height": 64, "width": 64}
+
+
+def _sd3() -> dict[str, Any]:
+    pooled = {"pooled_prompt_embeds": _pooled(0), "negative_pooled_prompt_embeds": _pooled(1)}
+    return {**_guided(), **pooled, "height": 64, "width": 64}
+
+
+def _lumina() -> dict[str, Any]:
+    """The branches' texts are of different lengths, and so are their tokens."""
+    masks = {
+        "prompt_attention_mask": torch.ones(1, TEXT_TOKENS, dtype=torch.long),
+        "negative_prompt_attention_mask": torch.tensor([[1, 1, 1, 0, 0]]),
+    }
+    return {**_guided(), **masks, "height": 64, "width": 64}
+
+
+def _wan_vae() -> dict[str, Any]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLWan(
+            base_dim=3,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        )
+    return {"vae": vae.eval().requires_grad_(False)}
+
+
+def _framepack() -> dict[str, Any]:
+    picture = _normal(1, 3, 64, 64).clamp(-1, 1)
+    return {**_hunyuan(), "image": picture, "latent_window_size": 2}
+
+
+def _framepack_parts() -> dict[str, Any]:
+    config = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=16,
+        patch_size=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = SiglipVisionModel(config)
+        vae = AutoencoderKLHunyuanVideo(
+            block_out_channels=(4, 4, 4, 4),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=1,
+        )
+    processor = SiglipImageProcessor(size={"height": 16, "width": 16})
+    return {"image_encoder": encoder.eval(), "feature_extractor": processor, "vae": vae.eval()}
+
+
 _BOTH, _BRANCHES = ("cond", "uncond"), ("branch0", "branch1")
 
 PIPELINES: dict[str, TinyPipeline] = {
@@ -274,5 +347,23 @@ PIPELINES: dict[str, TinyPipeline] = {
         "cogvideox",
         lambda: {**_guided(), **_video()},
         branches=("cond_uncond",),
+    ),
+    "z-image": TinyPipeline("ZImagePipeline", "z-image", _z_image, branches=("branch0",)),
+    "sd3": TinyPipeline("StableDiffusion3Pipeline", "sd3", _sd3, branches=("branch0",)),
+    "lumina2": TinyPipeline("Lumina2Pipeline", "lumina2", _lumina, branches=_BRANCHES),
+    "wan-vace": TinyPipeline(
+        "WanVACEPipeline",
+        "wan-vace",
+        lambda: {**_guided(), **_video()},
+        {"vace_in_channels": 72},
+        _wan_vae,
+        branches=_BOTH,
+    ),
+    "framepack": TinyPipeline(
+        "HunyuanVideoFramepackPipeline",
+        "framepack",
+        _framepack,
+        parts=_framepack_parts,
+        branches=("branch0",),
     ),
 }

@@ -119,6 +119,9 @@ class ModelFamily:
             `forward` lacks do not matter.
         unread: Outputs of blocks that nothing reads behind the last block. A reused step leaves
             them as they came in.
+        tokens_tell_noise: Whether tokens come to block 0 as the latents do, so that they show a
+            sampler that adds noise in every step. Not where layers before it see the timestep,
+            which moves tokens by itself; then only what is known of the scheduler counts.
 
     Raises:
         ValueError: There are no stacks, or blocks return something beside the image tokens that may
@@ -137,6 +140,7 @@ class ModelFamily:
     text: str | None = TEXT
     behind_probe: tuple[str, ...] = BEHIND_PROBE
     unread: tuple[str, ...] = TEXT_STREAMS
+    tokens_tell_noise: bool = True
 
     def __post_init__(self) -> None:
         if not self.stacks:

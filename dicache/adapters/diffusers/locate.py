@@ -61,6 +61,7 @@ class DiffusersLocator:
         self.context = ContextReader()
         self.schedule: Schedule | None = None
         self._ascends = family.ascending_timesteps
+        self._unless_noisy = None if family.tokens_tell_noise else False
         self._timestep = _known(family.timestep, parameters)
         self._text = _known(family.text, parameters)
         self._has_no_text = family.text is None
@@ -122,7 +123,7 @@ class DiffusersLocator:
             state,
             behind,
             place.check,
-            place.is_noisy or None,
+            place.is_noisy or self._unless_noisy,
         )
 
     def leaders(self, context: str | None, layout: torch.Size | None) -> tuple[int, ...] | None:

@@ -211,6 +211,7 @@ for _family in (
         "Lumina2Transformer2DModel",
         (BlockStack("layers", per_sample=(*PER_SAMPLE, "image_rotary_emb")),),
         ascending_timesteps=True,
+        tokens_tell_noise=False,
         module="diffusers",
         **_FLUX,
     ),
@@ -258,6 +259,32 @@ for _family in (
         ),
         module="diffusers",
         **_HUNYUAN_VIDEO,
+    ),
+    ModelFamily(
+        "z-image",  # its tokens are image and text in one
+        "ZImageTransformer2DModel",
+        (
+            BlockStack(
+                "layers",
+                ("x",),
+                hidden_states="x",
+                per_sample=(
+                    "x",
+                    "attn_mask",
+                    "freqs_cis",
+                    "adaln_input",
+                    "noise_mask",
+                    "adaln_noisy",
+                    "adaln_clean",
+                ),
+            ),
+        ),
+        timestep="t",
+        text="cap_feats",
+        ascending_timesteps=True,
+        tokens_tell_noise=False,
+        module="diffusers",
+        **_FLUX,
     ),
 ):
     register_family(_family)
