@@ -24,13 +24,14 @@ CONTROLS: dict[str, list[dict[str, int]]] = {
     "chroma": [{"block": 2, "single_block": 2}, {"block": 1}, {"single_block": 2}],
     "qwen-image": [{"block": 4}, {"block": 2}],
     "bria": [{"block": 2}, {"block": 1}],
+    "cosmos": [{"hidden_states": 2}],
     "sana": [{"block": 2}],
     "sd3": [{"hidden_states": 4}, {"hidden_states": 2}],
     "z-image": [{"block": 4}, {"block": 2}],
 }
 CASES = [(name, counts) for name, cases in CONTROLS.items() for counts in cases]
 WIDTH = 24
-TOKENS = {"z-image": 32 + 32}  # picture and text, filled up to 32 each
+TOKENS = {"z-image": 32 + 32, "cosmos": 32}  # picture and text, filled up to 32 each; 2 frames
 NAMES = {
     "block": "controlnet_block_samples",
     "single_block": "controlnet_single_block_samples",

@@ -152,7 +152,7 @@ def test_a_second_run_on_a_bare_transformer_equals_a_first_one(name):
 
 
 # What diffusers' models call that which they add or change behind their first block.
-BEHIND = ("control", "skip_layers", "attention_kwargs", "residual")
+BEHIND = ("control", "skip_layers", "attention_kwargs", "residual", "face", "kv_cache_mode")
 
 
 @pytest.mark.parametrize("family", supported_families(), ids=lambda family: family.name)

@@ -34,6 +34,7 @@ class TinyFamily:
         stacks: Attributes of the block lists, in the order in which they run.
         image_output: Place of the image tokens in the tuple that a block returns. A block that
             returns a bare tensor has them at the tensor's end.
+        image_first: They are at such a tensor's beginning.
         timesteps: First and last timestep of a run.
         names: Arguments of a call that carry latents and timestep.
         as_list: Whether latents go in and come out as a list, a tensor a sample.
@@ -45,6 +46,7 @@ class TinyFamily:
     inputs: Callable[[int, int, torch.Generator], dict[str, Any]]
     stacks: tuple[str, ...] = ("transformer_blocks",)
     image_output: int = 0
+    image_first: bool = False
     timesteps: tuple[float, float] = (1000.0, 100.0)
     names: tuple[str, str] = ("hidden_states", "timestep")
     as_list: bool = False
@@ -275,6 +277,43 @@ def _framepack_inputs(batch: int, size: int, generator: torch.Generator) -> dict
         "indices_latents_history_2x": torch.arange(5, 7),
         "latents_history_4x": history(4),
         "indices_latents_history_4x": torch.arange(1, 5),
+    }
+
+
+def _glm_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    prior = torch.randint(0, 8, (batch, size * size), generator=generator)
+    return {
+        **_text_inputs(batch, size, generator),
+        "prior_token_id": prior,
+        "prior_token_drop": torch.zeros(batch, size * size, dtype=torch.bool),
+        "target_size": torch.full((batch, 2), 16.0 * size),
+        "crop_coords": torch.zeros(batch, 2),
+    }
+
+
+def _animate_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    pose = torch.randn(batch, 4, 1, 2 * size, 2 * size, generator=generator)
+    face = torch.randn(batch, 3, 4, 8, 8, generator=generator)
+    given = {"pose_hidden_states": pose, "face_pixel_values": face}
+    return {**_text_inputs(batch, size, generator), **given}
+
+
+def _hidream_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    layers = torch.randn(2, batch, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
+    return {
+        "encoder_hidden_states_t5": _text(batch, generator),
+        "encoder_hidden_states_llama3": layers,
+        "pooled_embeds": torch.randn(batch, 16, generator=generator),
+    }
+
+
+def _qwen21_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    slots = torch.arange(TEXT_TOKENS + size * size // 4) >= TEXT_TOKENS  # of four tokens each
+    return {
+        **_text_inputs(batch, size, generator),
+        "encoder_hidden_states_mask": torch.ones(batch, TEXT_TOKENS).long(),
+        "img_shapes": [[(1, size, size)]] * batch,
+        "img_mask": slots.expand(batch, -1),
     }
 
 
@@ -688,10 +727,105 @@ FAMILIES: dict[str, TinyFamily] = {
         names=("x", "t"),
         as_list=True,
     ),
+    "glm-image": TinyFamily(
+        "GlmImageTransformer2DModel",
+        {
+            **_HEADS,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 4,
+            "text_embed_dim": TEXT_WIDTH,
+            "time_embed_dim": 16,
+            "condition_dim": 4,
+            "prior_vq_quantizer_codebook_size": 8,
+        },
+        _picture(4),
+        _glm_inputs,
+    ),
+    "wan-animate": TinyFamily(
+        "WanAnimateTransformer3DModel",
+        {
+            **_WAN,
+            "in_channels": 12,
+            "latent_channels": 4,
+            "image_dim": None,
+            "motion_encoder_channel_sizes": {"4": 4, "8": 4},
+            "motion_encoder_size": 8,
+            "motion_style_dim": 8,
+            "motion_dim": 4,
+            "motion_encoder_dim": 8,
+            "face_encoder_hidden_dim": 8,
+            "face_encoder_num_heads": 2,
+            "inject_face_latents_blocks": 2,
+        },
+        _video(12),
+        _animate_inputs,
+        stacks=("blocks",),
+    ),
+    "cosmos": TinyFamily(
+        "CosmosTransformer3DModel",
+        {
+            **_HEADS,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 4,
+            "mlp_ratio": 2.0,
+            "text_embed_dim": TEXT_WIDTH,
+            "adaln_lora_dim": 4,
+            "max_size": (8, 16, 16),
+            "concat_padding_mask": False,  # it would take torchvision
+            "controlnet_block_every_n": 2,
+        },
+        _video(4),
+        _text_inputs,
+        timesteps=_UNIT,
+    ),
+    "hidream": TinyFamily(
+        "HiDreamImageTransformer2DModel",
+        {
+            **_HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "patch_size": 2,
+            "in_channels": 4,
+            "caption_channels": [TEXT_WIDTH, TEXT_WIDTH],
+            "text_emb_dim": 16,
+            "num_routed_experts": 2,
+            "num_activated_experts": 1,
+            "axes_dims_rope": (4, 4, 4),
+            "max_resolution": (8, 8),
+            "llama_layers": [0, 1, 0, 1],
+        },
+        _picture(4),
+        _hidream_inputs,
+        stacks=("double_stream_blocks", "single_stream_blocks"),
+        image_first=True,
+        names=("hidden_states", "timesteps"),
+    ),
+    "qwen-image-2.1": TinyFamily(
+        "QwenImage21Transformer2DModel",
+        {
+            **_HEADS,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 4,
+            "context_in_dim": TEXT_WIDTH,
+            "mlp_ratio": 2,
+            "axes_dims_rope": (4, 4, 4),
+        },
+        _packed(16),
+        _qwen21_inputs,
+        timesteps=_UNIT,
+    ),
 }
 
 # HunyuanVideo image-to-video has block classes of its own.
 FAMILIES["hunyuan-video-i2v"] = replace(
     FAMILIES["hunyuan-video"],
     config={**FAMILIES["hunyuan-video"].config, "image_condition_type": "token_replace"},
+)
+# Only where nothing is modulated by its own do samples have a row each.
+FAMILIES["qwen-image-2.1-not-causal"] = replace(
+    FAMILIES["qwen-image-2.1"],
+    config={**FAMILIES["qwen-image-2.1"].config, "causal_condition": False},
 )

@@ -41,6 +41,7 @@ class Twin:
 
     def __init__(self, name: str, model: nn.Module, probe_depth: int = 1) -> None:
         self.model, self.image_output = model, FAMILIES[name].image_output
+        self.image_first = FAMILIES[name].image_first
         self.blocks, self.probe_depth = blocks(name, model), probe_depth
 
     def call(self, inputs: dict[str, Any]) -> Capture:
@@ -67,8 +68,10 @@ class Twin:
 
         def replace(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if isinstance(output, Tensor):
-                text = output[:, : output.shape[1] - y.shape[1]]
-                return torch.cat([text, y.to(output.dtype)], dim=1)
+                place = self._place(output, y)
+                return torch.cat(
+                    [output[:, : place.start], y.to(output.dtype), output[:, place.stop :]], dim=1
+                )
             parts = list(output)
             parts[self.image_output] = y.to(parts[self.image_output].dtype)
             return tuple(parts)
@@ -78,7 +81,12 @@ class Twin:
 
     def _image(self, output: Any, x: Tensor) -> Tensor:
         tokens = output if isinstance(output, Tensor) else output[self.image_output]
-        return tokens[:, tokens.shape[1] - x.shape[1] :].double()
+        return tokens[:, self._place(tokens, x)].double()
+
+    def _place(self, tokens: Tensor, x: Tensor) -> slice:
+        """Where the image tokens are among those with text."""
+        start = 0 if self.image_first else tokens.shape[1] - x.shape[1]
+        return slice(start, start + x.shape[1])
 
 
 def expected_run(

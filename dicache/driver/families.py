@@ -56,6 +56,7 @@ BEHIND_PROBE = (
     "joint_attention_kwargs",
     "attention_kwargs",
     "skip_layers",
+    "kv_cache_mode",
 )
 # Wrappers put the module that they wrap under these names.
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...driver.families import (
+    BEHIND_PROBE,
     HIDDEN,
     PER_SAMPLE,
     TEXT,
@@ -22,6 +23,7 @@ from ...driver.families import (
 )
 
 _TEXT_FIRST, _TEXT_LAST = (TEXT, HIDDEN), (HIDDEN, TEXT)
+_HIDREAM = (*PER_SAMPLE, "hidden_states_masks", "image_rotary_emb")
 _FLUX: dict[str, Any] = {"threshold": 0.4, "alignment_threshold": 0.07}
 _HUNYUAN_VIDEO: dict[str, Any] = {"threshold": 0.1, "alignment_threshold": 0.035}
 _WAN: dict[str, Any] = {"threshold": 0.08, "alignment_threshold": 0.02}
@@ -283,6 +285,59 @@ for _family in (
         text="cap_feats",
         ascending_timesteps=True,
         tokens_tell_noise=False,
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "glm-image",
+        "GlmImageTransformer2DModel",
+        (BlockStack("transformer_blocks", _TEXT_LAST),),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "wan-animate",  # what it sees of a face is added between blocks
+        "WanAnimateTransformer3DModel",
+        (BlockStack("blocks"),),
+        behind_probe=(*BEHIND_PROBE, "face_pixel_values"),
+        module="diffusers",
+        **_WAN,
+    ),
+    ModelFamily(
+        "cosmos",  # Predict 1, 2 and 2.5
+        "CosmosTransformer3DModel",
+        (
+            BlockStack(
+                "transformer_blocks",
+                per_sample=(
+                    *PER_SAMPLE,
+                    "embedded_timestep",
+                    "extra_pos_emb",
+                    "controlnet_residual",
+                ),
+            ),
+        ),
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
+    ),
+    ModelFamily(
+        "hidream",
+        "HiDreamImageTransformer2DModel",
+        (
+            BlockStack("double_stream_blocks", _TEXT_LAST, per_sample=_HIDREAM),
+            BlockStack("single_stream_blocks", text_behind=True, per_sample=_HIDREAM),
+        ),
+        timestep="timesteps",
+        text="encoder_hidden_states_t5",
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        # Its modulations have a row a sample and one for what does not change with the timestep:
+        # then blocks run for all samples of a batch.
+        "qwen-image-2.1",
+        "QwenImage21Transformer2DModel",
+        (BlockStack("transformer_blocks", per_sample=(HIDDEN, "modulation", "key_valid")),),
         module="diffusers",
         **_FLUX,
     ),
