@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,9 @@ def run(name: str, pipe: Any, num_steps: int = 6, seed: int = 0, **changes: Any)
     return made[-1] if isinstance(made, list) else made  # Framepack tells of every section
 
 
+_PROMPTS = ("encoder_hidden_states", "cap_feats")
+
+
 def record(transformer: nn.Module) -> list[Call]:
     """A list that fills with the transformer's calls from now on."""
     calls: list[Call] = []
@@ -96,8 +100,8 @@ def record(transformer: nn.Module) -> list[Call]:
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        # Pipelines change a dictionary of theirs between the branches.
-        given = {name: dict(v) if isinstance(v, dict) else v for name, v in given.items()}
+        # Pipelines change a dictionary of theirs between the branches, and latents in place.
+        given = {name: _copied(value) for name, value in given.items()}
         made = output[0]
         calls.append(Call(given, torch.stack(made) if isinstance(made, list) else made))
 
@@ -105,18 +109,24 @@ def record(transformer: nn.Module) -> list[Call]:
     return calls
 
 
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy(value)
+
+
 def by_branch(calls: list[Call]) -> list[list[Call]]:
     """The calls of every branch, told apart by the values of their text embedding."""
     branches: dict[float, list[Call]] = {}
     for call in calls:
-        prompts = call.inputs.get("encoder_hidden_states", call.inputs.get("cap_feats"))
+        prompts = next(call.inputs[name] for name in _PROMPTS if name in call.inputs)
         branches.setdefault(float(sum(each.sum() for each in prompts)), []).append(call)
     return list(branches.values())
 
 
 def scheduler(family: str) -> Any:
     """The scheduler that the family's pipelines come with."""
-    if family in ("wan", "wan-vace"):
+    if family == "cosmos":
+        return FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    if family in ("wan", "wan-vace", "skyreels-v2"):
         return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     if family == "cogvideox":
         return diffusers.CogVideoXDDIMScheduler()
@@ -271,6 +281,33 @@ def _framepack_parts() -> dict[str, Any]:
     return {"image_encoder": encoder.eval(), "feature_extractor": processor, "vae": vae.eval()}
 
 
+def _picture(**arguments: Any) -> dict[str, Any]:
+    return {**_guided(), "height": 64, "width": 64, **arguments}
+
+
+def _sana() -> dict[str, Any]:
+    given = {"negative_prompt": None, "use_resolution_binning": False}
+    return {**_guided_with_masks(), **_picture(), **given}
+
+
+def _kandinsky() -> dict[str, Any]:
+    given = {"guidance_scale": 3.0, **_video(side=128)}
+    for seed, prefix in enumerate(("", "negative_")):
+        given[f"{prefix}prompt_embeds_qwen"] = text(seed)
+        given[f"{prefix}prompt_embeds_clip"] = _pooled(seed)
+        given[f"{prefix}prompt_cu_seqlens"] = torch.tensor([0, TEXT_TOKENS], dtype=torch.int32)
+    return given
+
+
+class _SafetyChecker(nn.Module):
+    """Stands for Cosmos's, which takes a package of its own."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def to(self, *_: Any, **__: Any) -> _SafetyChecker:
+        return self
+
+
 _BOTH, _BRANCHES = ("cond", "uncond"), ("branch0", "branch1")
 
 PIPELINES: dict[str, TinyPipeline] = {
@@ -365,5 +402,36 @@ PIPELINES: dict[str, TinyPipeline] = {
         _framepack,
         parts=_framepack_parts,
         branches=("branch0",),
+    ),
+    "auraflow": TinyPipeline(
+        "AuraFlowPipeline",
+        "auraflow",
+        lambda: {**_guided_with_masks(), **_picture()},
+        branches=("branch0",),
+    ),
+    "sana": TinyPipeline("SanaPipeline", "sana", _sana, branches=("branch0",)),
+    "cogview4": TinyPipeline("CogView4Pipeline", "cogview4", _picture, branches=_BOTH),
+    "ovis-image": TinyPipeline(
+        "OvisImagePipeline", "ovis-image", lambda: _picture(negative_prompt=None), branches=_BOTH
+    ),
+    "bria": TinyPipeline("BriaPipeline", "bria", _picture, parts=_vae, branches=("branch0",)),
+    "skyreels-v2": TinyPipeline(
+        "SkyReelsV2Pipeline", "skyreels-v2", lambda: {**_guided(), **_video()}, branches=_BOTH
+    ),
+    "kandinsky5": TinyPipeline(
+        "Kandinsky5T2VPipeline", "kandinsky5", _kandinsky, branches=_BRANCHES
+    ),
+    "glm-image": TinyPipeline(
+        "GlmImagePipeline",
+        "glm-image",
+        lambda: _picture(prior_token_ids=torch.arange(16)[None] % 8),
+        branches=_BRANCHES,
+    ),
+    "cosmos": TinyPipeline(
+        "Cosmos2TextToImagePipeline",
+        "cosmos",
+        _picture,
+        parts=lambda: {"safety_checker": _SafetyChecker()},
+        branches=_BRANCHES,
     ),
 }

@@ -73,15 +73,15 @@ class Schedule:
     """Reads a pipeline's scheduler.
 
     Args:
-        ascending_timesteps: Whether the model's timesteps rise, while a scheduler's fall.
+        own_timesteps: Whether the model's timesteps are others than the scheduler's times a factor.
 
     Attributes:
         pipeline: Set it to the pipeline whose scheduler is to be read. It is referenced weakly; its
             scheduler is kept, because a pipeline made by `from_pipe` shares it.
     """
 
-    def __init__(self, ascending_timesteps: bool = False) -> None:
-        self._ascends = ascending_timesteps
+    def __init__(self, own_timesteps: bool = False) -> None:
+        self._own_timesteps = own_timesteps
         self._pipeline: Callable[[], Any] | None = None
         self._scheduler: Any = None
         self._timesteps: weakref.ref[Any] | None = None
@@ -190,7 +190,7 @@ class Schedule:
 
     def _index(self, position: int | None, begin: int) -> int | None:
         """Where this call is in the scheduler's timesteps, if they are the model's and it tells."""
-        if self._ascends or not hasattr(self._scheduler, "step_index"):
+        if self._own_timesteps or not hasattr(self._scheduler, "step_index"):
             return None
         index = begin if position is None else position
         return index if index < len(self._known) else None

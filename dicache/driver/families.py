@@ -108,6 +108,8 @@ class ModelFamily:
             configuration may override it with an entry `_dicache_threshold`.
         preset: Name of the published rules for the family, or `None`.
         ascending_timesteps: Whether timesteps rise during a run.
+        own_timesteps: Whether its pipelines give it timesteps that are not the scheduler's times a
+            factor; rising ones never are.
         module: The module that the class is in, or a package around it; `None`: any. Several
             projects have a `WanModel`.
         timestep: Name of the argument of the model's `forward` that carries the timestep. `None`:
@@ -136,6 +138,7 @@ class ModelFamily:
     alignment_threshold: float | None = None
     preset: str | None = None
     ascending_timesteps: bool = False
+    own_timesteps: bool = False
     module: str | None = None
     timestep: str | None = TIMESTEP
     text: str | None = TEXT

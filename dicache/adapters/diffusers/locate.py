@@ -60,7 +60,7 @@ class DiffusersLocator:
     ) -> None:
         self.context = ContextReader()
         self.schedule: Schedule | None = None
-        self._ascends = family.ascending_timesteps
+        self._own_timesteps = family.ascending_timesteps or family.own_timesteps
         self._unless_noisy = None if family.tokens_tell_noise else False
         self._timestep = _known(family.timestep, parameters)
         self._text = _known(family.text, parameters)
@@ -74,7 +74,7 @@ class DiffusersLocator:
     def follow(self, pipeline: Any) -> None:
         """Read this pipeline's scheduler from now on."""
         if self.schedule is None:
-            self.schedule = Schedule(self._ascends)
+            self.schedule = Schedule(self._own_timesteps)
         self.schedule.pipeline = pipeline
 
     def locate(self, arguments: Mapping[str, Any], layout: torch.Size | None = None) -> Where:

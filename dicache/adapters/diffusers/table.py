@@ -292,6 +292,7 @@ for _family in (
         "glm-image",
         "GlmImageTransformer2DModel",
         (BlockStack("transformer_blocks", _TEXT_LAST),),
+        own_timesteps=True,  # one less
         module="diffusers",
         **_FLUX,
     ),
@@ -304,7 +305,7 @@ for _family in (
         **_WAN,
     ),
     ModelFamily(
-        "cosmos",  # Predict 1, 2 and 2.5
+        "cosmos",  # Predict 2; others have the same class
         "CosmosTransformer3DModel",
         (
             BlockStack(
@@ -317,6 +318,7 @@ for _family in (
                 ),
             ),
         ),
+        own_timesteps=True,  # sigma / (sigma + 1)
         module="diffusers",
         **_HUNYUAN_VIDEO,
     ),
