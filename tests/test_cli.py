@@ -255,6 +255,12 @@ def test_info_shows_every_family_and_why_a_backend_is_absent(capsys):
         family.name in text and family.model_class in text for family in supported_families()
     )
     words = " ".join(text.replace("│", " ").split())
+    assert all(
+        f"{family.preset} {family.name}, {family.threshold:g}" in words
+        for family in supported_families()
+        if family.preset
+    )
+    assert "…" not in text  # 80 characters are wide enough
     assert all(status in words for status in backend_status().values())
     assert dicache.__version__ in text and torch.__version__ in text
 

@@ -30,6 +30,7 @@ def print_info() -> None:
     console.print(_two_columns("backends", "backend", "status", backend_status()))
     console.print(_two_columns("build", "fact", "value", build()))
     console.print(_families_table())
+    console.print(_two_columns("presets", "preset", "family, published threshold", _presets()))
 
 
 def versions() -> dict[str, str]:
@@ -104,9 +105,17 @@ def _families_table() -> Table:
     table.add_column("family", no_wrap=True)
     table.add_column("transformer", no_wrap=True)
     table.add_column("threshold", justify="right")
-    table.add_column("preset, its threshold")
     for family in supported_families():
-        preset = f"{family.preset}, {family.threshold:g}" if family.preset else "-"
-        row = (family.name, family.model_class, f"{family.default_threshold:g}", preset)
-        table.add_row(*map(escape, row))
+        table.add_row(
+            escape(family.name), escape(family.model_class), f"{family.default_threshold:g}"
+        )
     return table
+
+
+def _presets() -> dict[str, str]:
+    """The published rules' thresholds, by their names."""
+    return {
+        family.preset: f"{family.name}, {family.threshold:g}"
+        for family in supported_families()
+        if family.preset
+    }
