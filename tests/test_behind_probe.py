@@ -18,10 +18,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetModel
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from helpers import mask, masks
 from peft import LoraConfig
 from test_hard_use import put_on_ip_adapter
-from tiny_models import build, calls
+from tiny_models import branches, build, calls
 from tiny_pipelines import pipeline, text
 from tiny_pipelines import run as run_pipeline
 from torch import Tensor, nn
@@ -383,6 +384,43 @@ def test_hints_of_vace(what: str) -> None:
     apply_dicache(fresh, DiCacheConfig(schedule=MASK[CHANGES_AT:]))
     for output, inputs in zip(outputs[CHANGES_AT:], steps[CHANGES_AT:], strict=True):
         assert torch.equal(output, fresh(**inputs)[0])
+
+
+def test_faces_of_wan_animate() -> None:
+    """What its face adapters add lies behind the probe, too."""
+    steps = calls("wan-animate", NUM_STEPS)
+    for inputs in steps[CHANGES_AT:]:
+        inputs["face_pixel_values"] = -inputs["face_pixel_values"]
+    model, fresh = build("wan-animate"), build("wan-animate")
+    apply_dicache(model, ALWAYS)
+    outputs = [model(**inputs)[0] for inputs in steps]
+    assert masks(model, resumed="C") == {"branch0": MASK}
+    apply_dicache(fresh, DiCacheConfig(schedule=MASK[CHANGES_AT:]))
+    for output, inputs in zip(outputs[CHANGES_AT:], steps[CHANGES_AT:], strict=True):
+        assert torch.equal(output, fresh(**inputs)[0])
+
+
+def qwen_with_keys_and_values(model: Any, num_steps: int) -> list[Tensor]:
+    """A run whose first step keeps the prompt's keys and values for the others."""
+    caches, made = [QwenImage21KVCache(4), QwenImage21KVCache(4)], []
+    pairs = zip(*branches("qwen-image-2.1", num_steps), strict=True)
+    for step, pair in enumerate(pairs):
+        mode = "cached" if step else "extract"
+        for name, cache, inputs in zip(("cond", "uncond"), caches, pair, strict=True):
+            with model.cache_context(name):
+                made.append(model(**inputs, kv_cache=cache, kv_cache_mode=mode)[0])
+    return made
+
+
+def test_a_step_that_writes_what_others_read_is_never_reused() -> None:
+    name = "qwen-image-2.1"
+    model, plain = build(name), qwen_with_keys_and_values(build(name), 6)
+    apply_dicache(model, replace(ALWAYS, max_consecutive_reuse=2))
+    for num_steps in (6, 1, 6):  # broken off behind the step that writes
+        made = qwen_with_keys_and_values(model, num_steps)
+        assert all(torch.equal(*pair) for pair in zip(made[:4], plain[:4], strict=False))
+    # The steps that read have fewer tokens, and are a run of their own.
+    assert masks(model, resumed="C") == dict.fromkeys(("cond", "uncond"), "CRRCR")
 
 
 # --- pipelines and trained models ----------------------------------------------------------------

@@ -73,7 +73,6 @@ class BlockStack:
         hidden_states: Name of the argument and output that carries the image or video tokens.
         text_in_front: Whether that tensor is [text, image] along the sequence. The image tokens
             are then its last ones, as many as entered block 0.
-        text_behind: Whether it is [image, text]. They are then its first ones.
         per_sample: Names of the arguments whose tensors have a row a sample, so that a part of a
             batch can be run; `name.key` is an entry of a dictionary. Tensors may lie in lists,
             tuples and dictionaries. One with a single row is shared by all samples.
@@ -82,15 +81,16 @@ class BlockStack:
             given, a reused step leaves the blocks out of the list, if its loop has not begun and
             nothing but the model's own code runs around it. `None` promises nothing: such a step
             calls something in the place of every block.
+        text_behind: Whether that tensor is [image, text]. The image tokens are then its first ones.
     """
 
     attribute: str
     outputs: tuple[str, ...] = (HIDDEN,)
     hidden_states: str = HIDDEN
     text_in_front: bool = False
-    text_behind: bool = False
     per_sample: tuple[str, ...] = PER_SAMPLE
     whole_for: tuple[str, ...] | None = None
+    text_behind: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,6 @@ class ModelFamily:
             configuration may override it with an entry `_dicache_threshold`.
         preset: Name of the published rules for the family, or `None`.
         ascending_timesteps: Whether timesteps rise during a run.
-        own_timesteps: Whether its pipelines give it timesteps that are not the scheduler's times a
-            factor; rising ones never are.
         module: The module that the class is in, or a package around it; `None`: any. Several
             projects have a `WanModel`.
         timestep: Name of the argument of the model's `forward` that carries the timestep. `None`:
@@ -125,6 +123,8 @@ class ModelFamily:
         tokens_tell_noise: Whether tokens come to block 0 as the latents do, so that they show a
             sampler that adds noise in every step. Not where layers before it see the timestep,
             which moves tokens by itself; then only what is known of the scheduler counts.
+        own_timesteps: Whether its pipelines give it timesteps that are not the scheduler's times a
+            factor; rising ones never are.
 
     Raises:
         ValueError: There are no stacks, or blocks return something beside the image tokens that may
@@ -138,13 +138,13 @@ class ModelFamily:
     alignment_threshold: float | None = None
     preset: str | None = None
     ascending_timesteps: bool = False
-    own_timesteps: bool = False
     module: str | None = None
     timestep: str | None = TIMESTEP
     text: str | None = TEXT
     behind_probe: tuple[str, ...] = BEHIND_PROBE
     unread: tuple[str, ...] = TEXT_STREAMS
     tokens_tell_noise: bool = True
+    own_timesteps: bool = False
 
     def __post_init__(self) -> None:
         if not self.stacks:
