@@ -113,9 +113,9 @@ def _families_table() -> Table:
 
 
 def _presets() -> dict[str, str]:
-    """The published rules' thresholds, by their names."""
-    return {
-        family.preset: f"{family.name}, {family.threshold:g}"
-        for family in supported_families()
-        if family.preset
-    }
+    """The published rules' thresholds, by their names; the first family of each."""
+    found: dict[str, str] = {}
+    for family in supported_families():
+        if family.preset:
+            found.setdefault(family.preset, f"{family.name}, {family.threshold:g}")
+    return found
