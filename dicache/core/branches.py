@@ -174,7 +174,7 @@ class Branches(Generic[State]):
 
         There is none where there are too many already.
         """
-        groups, was_lost = self._groups.get(where.context, []), False
+        groups = self._groups.get(where.context, [])
         if where.context is not None and not self._is_displaced(where):
             group = _to_take(groups, where)
             if group is not None:  # pipelines may make a new embedding in every step
@@ -183,10 +183,10 @@ class Branches(Generic[State]):
         elif where.context is None and any(group.is_gone for group in groups):
             return self._replace_gone(groups, where), True
         if self._are_enough:
-            return None, was_lost
+            return None, False
         groups.append(Group(len(groups), where))
         self._groups[where.context] = groups
-        return groups[-1], was_lost
+        return groups[-1], False
 
     def add(
         self, group: Group[State], where: Where, make_state: Callable[[str], State]
