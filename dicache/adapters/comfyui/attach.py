@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from ...config import DiCacheConfig
+from ...config import PRESETS, DiCacheConfig
 from ...core.rules import Rules, resolve
 from ...driver.families import unwrapped
 from ...error_rules import ERROR_RULES
@@ -19,6 +19,7 @@ from .run import LOG, Run
 from .table import Block, find_model
 
 DEFAULT = "default"  # what the node calls this project's own rules
+RULES = (DEFAULT, *PRESETS)
 KEY = "dicache"
 # What ComfyUI calls these places (`comfy.patcher_extension.WrappersMP`). A call is caught around
 # the diffusion model's own, not inside of it: not every model asks for wrappers there, and whole
@@ -28,9 +29,16 @@ _OTHER_CACHES = ("easycache",)  # what ComfyUI's own caches leave in the options
 
 
 def config_for(rules: str, threshold: float) -> DiCacheConfig:
-    """The configuration that the node's widgets stand for; a threshold of 0 is the model's own."""
+    """The configuration that the node's widgets stand for; a threshold of 0 is the model's own.
+
+    Raises:
+        ValueError: A value is none of these. ComfyUI does not hold it against the node's list, nor
+            against its limits where another node gives it.
+    """
+    if rules not in RULES:
+        raise ValueError(f"rules is {rules!r}. Expected one of {', '.join(RULES)}.")
     config = DiCacheConfig() if rules == DEFAULT else DiCacheConfig.preset(rules)
-    return replace(config, threshold=threshold) if threshold > 0 else config
+    return config if threshold == 0 else replace(config, threshold=threshold)
 
 
 def apply(model: Any, config: DiCacheConfig, start: float = 0.0, end: float = 1.0) -> Any:

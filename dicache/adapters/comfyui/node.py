@@ -6,8 +6,7 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from ...config import PRESETS
-from .attach import DEFAULT, apply, config_for
+from .attach import DEFAULT, RULES, apply, config_for
 
 
 class DiCache(io.ComfyNode):
@@ -25,7 +24,7 @@ class DiCache(io.ComfyNode):
                 io.Model.Input("model"),
                 io.Combo.Input(
                     "rules",
-                    options=[DEFAULT, *PRESETS],
+                    options=list(RULES),
                     default=DEFAULT,
                     tooltip="DiCache's own rules, or published ones of a model.",
                 ),
