@@ -1,5 +1,5 @@
-# make demo | test | test-comfyui | fuzz | check | bench | clean. All but the last set up .venv when it
-# is out of date.
+# make demo | test | test-comfyui | families | fuzz | check | bench | clean. All but the last set up
+# .venv when it is out of date.
 
 PYTHON ?= python3
 # Where torch comes from. Empty is the default package index, whose Linux builds carry CUDA (several
@@ -16,7 +16,7 @@ READY := .venv/.ready
 COMFYUI := .comfyui
 COMFYUI_READY := $(COMFYUI)/.ready
 
-.PHONY: demo test test-comfyui fuzz check bench clean
+.PHONY: demo test test-comfyui families fuzz check bench clean
 
 demo: $(READY)
 	$(BIN)/dicache demo --out demo-output
@@ -28,6 +28,10 @@ test: $(READY)
 # The node inside the real ComfyUI.
 test-comfyui: $(READY) $(COMFYUI_READY)
 	$(BIN)/pytest -q tests/comfyui -n $(JOBS) --dist loadfile
+
+# The table of families, from the tests' marks; that of ComfyUI's models where ComfyUI is there.
+families: $(READY)
+	$(BIN)/python tests/family_table.py tests $(if $(wildcard $(COMFYUI_READY)),tests/comfyui)
 
 # The tests that draw their cases, with 20 times as many, and others than in `make test`.
 fuzz: $(READY)

@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import blocks, build, calls
+from tiny_models import FAMILIES as EVERY_FAMILY
+from tiny_models import blocks, build, calls, run_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dicache import DiCacheConfig, DiCacheWarning, apply_dicache, get_stats, remove_dicache
 
 FAMILIES = ("flux", "hunyuan-video", "wan")
+# Their blocks have code that dynamo cannot follow, cache or not.
+BREAKS_BY_ITSELF = ("mochi", "hidream")
 SCHEDULE = "CCRCRR"
 LETTERS = {"compute": "C", "resume": "C", "reuse": "R"}
 
@@ -131,16 +134,34 @@ def test_cuda_graphs(family: str, mode: str) -> None:
     assert actions(model) == SCHEDULE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.backs("compile")
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_compile_of_the_transformer_compiles_its_blocks(family: str) -> None:
-    model, counter = build(family), CompileCounterWithBackend("eager")
-    apply_dicache(model, config())
+    model, eager, counter = build(family), build(family), CompileCounterWithBackend("eager")
+    for each in (model, eager):
+        apply_dicache(each, config())
     model.compile(backend=counter)
+    graphs = []
     for inputs in calls(family, len(SCHEDULE)):
-        model(**inputs)
-    assert counter.frame_count > 0
-    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+        assert torch.equal(run_model(model, inputs), run_model(eager, inputs))
+        graphs.append(counter.frame_count)
+    assert 0 < graphs[0] == graphs[-1]  # the first step's; no later one compiles anything
     assert actions(model) == SCHEDULE
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    assert (breaks == 0) == (family not in BREAKS_BY_ITSELF)
+    if breaks:
+        assert (breaks, graphs[-1]) == of_compiled_blocks(family)
+
+
+def of_compiled_blocks(family: str) -> tuple[int, int]:
+    """Graph breaks and graphs of the model without cache whose blocks are compiled."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, counter = build(family), CompileCounterWithBackend("eager")
+    for block in blocks(family, model):
+        block.compile(backend=counter)
+    run_model(model, calls(family, 1)[0])
+    return sum(torch._dynamo.utils.counters["graph_break"].values()), counter.frame_count
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,12 +7,14 @@ behind y, on computed and reused steps alike.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from tiny_models import build, calls, run_model
+from tiny_models import FAMILIES, build, calls, run_model
 from twin import Twin, assert_close, expected_run
 
 from dicache import DiCacheConfig, apply_dicache, get_stats
@@ -28,6 +30,7 @@ CONTROLS: dict[str, list[dict[str, int]]] = {
     "sana": [{"block": 2}],
     "sd3": [{"hidden_states": 4}, {"hidden_states": 2}],
     "z-image": [{"block": 4}, {"block": 2}],
+    "wan-vace": [{}],  # its calls bring what its own blocks make residuals of
 }
 CASES = [(name, counts) for name, cases in CONTROLS.items() for counts in cases]
 WIDTH = 24
@@ -53,6 +56,15 @@ def controlled_calls(name: str, counts: dict[str, int], num_steps: int) -> list[
     return steps
 
 
+@pytest.mark.rules_out("control")
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in CONTROLS])
+def test_a_model_without_a_case_takes_no_residuals(name):
+    """One that does needs a case in `CONTROLS`."""
+    forward = getattr(diffusers, FAMILIES[name].model_class).forward
+    assert not [each for each in inspect.signature(forward).parameters if "control" in each]
+
+
+@pytest.mark.backs("control")
 @pytest.mark.parametrize("probe_depth", (1, 3))
 @pytest.mark.parametrize(("name", "counts"), CASES)
 def test_reused_steps_count_control_residuals_once(name, counts, probe_depth):

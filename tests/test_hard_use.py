@@ -516,6 +516,34 @@ def test_offloading(name: str, offload: Callable[[Any], None], order: str) -> No
     assert torch.equal(run(name, pipe), run(name, pipeline(name)))
 
 
+def sequential(model: nn.Module) -> None:
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert next(model.parameters()).is_meta
+
+
+def by_group(kind: str) -> Callable[[Any], None]:
+    cpu, groups = torch.device("cpu"), {"num_blocks_per_group": 1}
+    given = groups if kind == "block_level" else {}
+    return lambda model: model.enable_group_offload(cpu, cpu, kind, **given)
+
+
+@pytest.mark.backs("offload")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloading_on_every_family(family: str) -> None:
+    """By accelerate's hooks on every module, and by diffusers' on blocks and on leaves."""
+    rules, steps = DiCacheConfig(schedule="CCRRCR"), calls(family)
+    plain = build(family)
+    apply_dicache(plain, rules)
+    expected = outputs(plain, steps)
+    for offload in (sequential, by_group("block_level"), by_group("leaf_level")):
+        for order in ORDERS:
+            model = build(family)
+            in_order(order, lambda: apply_dicache(model, rules), lambda: offload(model))  # noqa: B023
+            made = outputs(model, steps)
+            assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+            assert get_stats(model) == get_stats(plain)
+
+
 def in_dtype(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The pipeline's embeddings in another dtype."""
     given = PIPELINES[name].arguments().items()

@@ -19,6 +19,7 @@ from helpers import mask, masks
 from original_models import HunyuanVideoSampler, WanT2V, ask, branches, build, steps, wan_2_2
 from test_own_families import FullyShardedDataParallel
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dicache import (
     DiCacheConfig,
@@ -32,6 +33,7 @@ from dicache import (
 from dicache.core.trajectory import Trajectory
 
 KINDS = ["hunyuan", "t2v", "i2v", "flf2v", "vace", "2.2"]
+ROWS = {"hunyuan": "hunyuan-video-original", "t2v": "wan-original"}  # of the table of families
 MASK = "CCRRCRRC"
 NEVER = {"threshold": 0.0, "retention_ratio": 0.0}
 ALWAYS = {"threshold": math.inf, "retention_ratio": 0.0}
@@ -182,6 +184,8 @@ def told_of_samples(kind: str) -> Iterator[None]:
     assert len(found) == (kind == "hunyuan") and all("ran for all" in each for each in found)
 
 
+@pytest.mark.backs("sample", rows={"t2v": ROWS["t2v"]})
+@pytest.mark.rules_out("sample", rows={"hunyuan": ROWS["hunyuan"]})
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_of_a_batch_equals_its_own_run(kind: str) -> None:
     rules = DiCacheConfig(
@@ -257,6 +261,7 @@ def test_tencents_sampler_tells_the_number_of_steps() -> None:
         get_stats(sampler.model)
 
 
+@pytest.mark.backs("FSDP", rows=ROWS)
 @pytest.mark.parametrize("kind", ["t2v", "hunyuan"])
 def test_models_that_fsdp_wraps(kind: str) -> None:
     plain, model = build(kind), build(kind)
@@ -540,6 +545,7 @@ SPLIT = {
 }
 
 
+@pytest.mark.rules_out("GPUs", rows=ROWS)
 @pytest.mark.parametrize("kind", SPLIT)
 def test_a_sequence_that_is_split_over_gpus_is_refused(kind: str) -> None:
     """Before any rank waits for another: when applied, or in the first call of all ranks."""
@@ -565,11 +571,29 @@ def test_another_projects_class_of_the_same_name_is_not_taken_for_it() -> None:
     apply_dicache(wan_2_2(), DiCacheConfig(num_inference_steps=8))
 
 
-def test_sparse_videogen_is_refused_on_original_models() -> None:
-    with pytest.raises(ValueError, match="does not support HYVideoDiffusionTransformer"):
-        apply_sparse_videogen(build("hunyuan"))
+@pytest.mark.rules_out("sparse", rows=ROWS)
+@pytest.mark.parametrize("kind", ROWS)
+def test_sparse_videogen_is_refused_on_original_models(kind: str) -> None:
+    model = build(kind)
+    with pytest.raises(ValueError, match=f"does not support {type(model).__name__}"):
+        apply_sparse_videogen(model)
     with pytest.raises(ValueError, match="does not support WanT2V"):
         apply_sparse_videogen(WanT2V(model=build("t2v")))
+
+
+@pytest.mark.backs("compile", rows=ROWS)
+@pytest.mark.parametrize("kind", ROWS)
+def test_compiled_blocks_give_what_eager_ones_do(kind: str) -> None:
+    model, eager, counter = build(kind), build(kind), CompileCounterWithBackend("eager")
+    for each in (model, eager):
+        apply_dicache(each, DiCacheConfig(schedule=MASK, num_inference_steps=8))
+    model.compile(backend=counter)
+    assert same(run(model, kind, 3), run(eager, kind, 3))
+    graphs = counter.frame_count
+    assert same(run(model, kind), run(eager, kind))
+    assert 0 < graphs == counter.frame_count, "no later step compiles anything"
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+    torch._dynamo.reset()
 
 
 WITHOUT_DIFFUSERS = """

@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, blocks, build, calls, context, latents_of, run
 from tiny_pipelines import pipeline, text
 from tiny_pipelines import run as run_pipeline
 from torch import Tensor, nn
+from twin import Capture, Twin, assert_close, expected_run
 
 from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, apply_dicache, get_stats
 from dicache.driver.samples import Samples, UnknownSamplesError
@@ -44,12 +45,12 @@ def batch_of(family: str) -> list[dict[str, Any]]:
     return bent
 
 
-def alone(steps: list[dict[str, Any]], row: int) -> list[dict[str, Any]]:
+def alone(steps: list[dict[str, Any]], row: int, batch: int = BATCH) -> list[dict[str, Any]]:
     """The calls for one sample of the batch; what the calls share stays one object."""
     parts: dict[int, Any] = {}
 
     def part(name: str, value: Any) -> Any:
-        if isinstance(value, list) and len(value) == BATCH:  # one a sample
+        if isinstance(value, list) and len(value) == batch:  # one a sample
             return value[row : row + 1]
         if isinstance(value, list):
             return [part(name, each) for each in value]
@@ -57,8 +58,8 @@ def alone(steps: list[dict[str, Any]], row: int) -> list[dict[str, Any]]:
             return {key: part(key, each) for key, each in value.items()}
         if name == "encoder_hidden_states_llama3":  # [layers, batch, ...]
             return parts.setdefault(id(value), value[:, row : row + 1])
-        shared = name.endswith("_ids") or not isinstance(value, Tensor)
-        if shared or value.shape[0] != BATCH:
+        is_shared = name.endswith(("_ids", "_scale")) or name.startswith("indices_")
+        if is_shared or not isinstance(value, Tensor) or value.shape[0] != batch:
             return value
         return parts.setdefault(id(value), value[row : row + 1])
 
@@ -105,13 +106,16 @@ def check_against_runs_alone(family: str, steps: list[dict[str, Any]], **changes
     return model
 
 
+@pytest.mark.backs("sample")
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"qwen-image-2.1"}))
 def test_a_sample_equals_its_own_run(family: str) -> None:
     check_against_runs_alone(family, batch_of(family))
 
 
-def test_modulations_with_a_row_more_than_samples_run_the_block_for_all() -> None:
-    name, steps = "qwen-image-2.1", batch_of("qwen-image-2.1")
+@pytest.mark.rules_out("sample")
+@pytest.mark.parametrize("name", ["qwen-image-2.1"])
+def test_modulations_with_a_row_more_than_samples_run_the_block_for_all(name: str) -> None:
+    steps = batch_of(name)
     with pytest.warns(DiCacheWarning, match="'modulation' has shape"):
         model, outputs = run(name, steps)
     assert len(set(schedules(model))) > 1
@@ -257,6 +261,53 @@ def test_guidance_branches_in_one_batch_have_schedules_of_their_own(name: str) -
     (records,) = stats.contexts.values()
     assert {record.sample for record in records} == {0, 1}
     assert len(records) == 16 and stats.num_reused > 0
+
+
+class Halves:
+    """The twin of a batch of two branches, each of which it runs alone."""
+
+    def __init__(self, family: str) -> None:
+        self.twin = Twin(family, build(family))
+
+    def call(self, inputs: dict[str, Any]) -> Capture:
+        parts = [self.twin.call(each) for each in self._parts(inputs)]
+        return Capture(
+            *(
+                torch.cat([getattr(part, key) for part in parts])
+                for key in ("x", "p", "y", "output")
+            )
+        )
+
+    def head(self, inputs: dict[str, Any], y: Tensor) -> Tensor:
+        parts = zip(self._parts(inputs), y.split(1), strict=True)
+        return torch.cat([self.twin.head(each, own) for each, own in parts])
+
+    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        return [alone([inputs], row, batch=2)[0] for row in (0, 1)]
+
+
+@pytest.mark.backs("guidance")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branches_in_one_batch_have_one_decision_and_a_result_each(family: str) -> None:
+    """Under the default rules a step is reused in both, by an error and a gamma of both."""
+    model, steps = build(family), calls(family, NUM_STEPS, batch=2)
+    for inputs in steps:  # one latent for both
+        latents = latents_of(family, inputs)[:1]
+        inputs |= with_latents(family, inputs, torch.cat([latents, latents]))
+    rules = config(family, granularity="batch")
+    apply_dicache(model, rules)
+    outputs = []
+    for inputs in steps:
+        with context(model, "cond_uncond"):
+            outputs.append(run_model(model, inputs))
+    (mask,) = schedules(model)
+    assert {"c", "R"} <= set(mask), mask
+    plain = mask.replace("c", "C")
+    expected = expected_run(Halves(family), steps, plain, rules.alignment, rules.gamma_range)
+    (records,) = get_stats(model).contexts.values()
+    for output, step, record in zip(outputs, expected, records, strict=True):
+        assert_close(output, step.output, 1e-4)  # a batch of one rounds otherwise
+        assert record.gamma == (None if step.gamma is None else pytest.approx(step.gamma, rel=1e-3))
 
 
 def test_without_guidance_a_batch_of_prompts_has_no_pairs() -> None:

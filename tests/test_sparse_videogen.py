@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import sparse_part
+from tiny_models import FAMILIES as EVERY_FAMILY
 from tiny_models import TEXT_TOKENS, blocks, build, calls
 from tiny_pipelines import pipeline, run
 from torch import Tensor, nn
@@ -370,6 +371,7 @@ def test_removal_leaves_no_trace(family):
         assert torch.equal(output, wanted)
 
 
+@pytest.mark.backs("sparse")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_the_cache_in_every_order(family):
     """Both give one result whichever came first, and each may go first."""
@@ -467,9 +469,17 @@ def test_applying_twice_is_refused_and_removing_nothing_warns():
         remove_sparse_videogen(model)
 
 
+@pytest.mark.rules_out("sparse")
+@pytest.mark.parametrize("family", sorted(EVERY_FAMILY.keys() - {*FAMILIES, "hunyuan-video-i2v"}))
+def test_any_other_family_is_refused(family):
+    model = build(family)
+    before = traces(model)
+    with pytest.raises(ValueError, match=f"{type(model).__name__}.*HunyuanVideoTransformer3DModel"):
+        apply_sparse_videogen(model)
+    assert traces(model) == before
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing():
-    with pytest.raises(ValueError, match="FluxTransformer2DModel.*HunyuanVideoTransformer3DModel"):
-        apply_sparse_videogen(build("flux"))
     model = build("wan")
     before = traces(model)
     with pytest.raises(TypeError, match="DiCacheConfig. Expected a SparseVideoGenConfig"):

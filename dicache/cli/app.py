@@ -169,8 +169,17 @@ def generate(
 
 
 @app.command()
-def info() -> None:
+def info(
+    families: Annotated[
+        bool, typer.Option("--families", help="Instead, what tests show of every model family.")
+    ] = False,
+) -> None:
     """Show versions, devices, backends, and the supported model families."""
+    if families:
+        from .families import print_families
+
+        print_families()
+        return
     from .info import print_info
 
     print_info()

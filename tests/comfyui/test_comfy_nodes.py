@@ -15,7 +15,7 @@ import torch._dynamo.testing
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_twin import Twin
 from test_comfy_runs import SCHEDULE, cache_of, close, masks
-from tiny_comfy import latent, make_model, prompt, sample
+from tiny_comfy import ROWS, latent, make_model, prompt, sample
 
 import dicache.adapters.comfyui.custom_node
 from dicache import DiCacheConfig
@@ -156,6 +156,7 @@ def test_parts_of_a_picture_with_prompts_of_their_own_have_a_history_each():
         assert close(actual, sample(model, "flux", positive=positive))
 
 
+@pytest.mark.backs("compile", rows=ROWS)
 @pytest.mark.parametrize("cached_first", [True, False])
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_a_compiled_model_is_cached_outside_of_the_compiled_code(name, cached_first):

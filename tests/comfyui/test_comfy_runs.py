@@ -6,7 +6,7 @@ import comfy.patcher_extension
 import pytest
 import torch
 from comfy_twin import Twin
-from tiny_comfy import CONFIGS, latent, make_model, prompt, sample
+from tiny_comfy import CONFIGS, ROWS, latent, make_model, prompt, sample
 
 from dicache import DiCacheConfig
 from dicache.adapters.comfyui.attach import APPLY_MODEL, KEY, OUTER_SAMPLE, Cache, apply
@@ -51,7 +51,9 @@ def test_so_it_is_with_every_kind_of_sampler(name, sampler):
     assert torch.equal(sample(cached, name, sampler, cfg=3.0), plain)
 
 
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize(
+    "cfg", [1.0, pytest.param(3.0, marks=pytest.mark.backs("guidance", rows=ROWS))]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_reused_step_is_the_formula(name, cfg):
     model = make_model(name)
@@ -256,14 +258,26 @@ class Residuals(comfy.controlnet.ControlBase):
 
 def residuals(name, until=0.0):
     generator = torch.Generator().manual_seed(5)
-    width, tokens = 48, 48 if name == "hunyuan_video" else 16
+    width, tokens = 256 if name == "sd3" else 48, 48 if name == "hunyuan_video" else 16
     drawn = [0.5 * torch.randn(1, tokens, width, generator=generator) for _ in range(4)]
     if name == "qwen_image":
         return Residuals([drawn[0], None, drawn[1], None, drawn[2]], [], until)
     return Residuals([drawn[0], None, drawn[1]], [None, drawn[2], None, drawn[3]], until)
 
 
-@pytest.mark.parametrize("name", ["flux", "chroma", "hunyuan_video", "qwen_image"])
+CONTROLLED = ("flux", "chroma", "hunyuan_video", "qwen_image", "sd3")
+
+
+@pytest.mark.rules_out("control", rows=ROWS)
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {*CONTROLLED}))
+def test_other_models_take_nothing_of_a_controlnet(name):
+    positive = prompt(1, name, control=residuals(name), control_apply_to_uncond=False)
+    model = make_model(name)
+    assert torch.equal(sample(model, name, positive=positive), sample(model, name))
+
+
+@pytest.mark.backs("control", rows=ROWS)
+@pytest.mark.parametrize("name", CONTROLLED)
 def test_what_a_controlnet_adds_in_place_stays_right(name):
     model = make_model(name)
     positive = prompt(1, control=residuals(name), control_apply_to_uncond=False)

@@ -111,6 +111,16 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
 }
+# What the table of families calls them; the other classes of Wan have its row, too.
+ROWS = {
+    "flux": "Flux",
+    "chroma": "Chroma",
+    "hunyuan_video": "HunyuanVideo",
+    "wan": "Wan",
+    "qwen_image": "Qwen-Image",
+    "ltx": "LTX-Video",
+    "sd3": "Stable Diffusion 3",
+}
 _VIDEO = ("hunyuan_video", "wan", "wan_vace", "wan_camera")
 
 
