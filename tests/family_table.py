@@ -30,7 +30,6 @@ PAGE = ROOT / "docs" / "families.md"
 MARKS: dict[str, Any] = {"backs": "works", "rules_out": "absent"}
 PARAMETERS = ("family", "name", "kind")
 LEFT_OUT = ("gpu", "large")  # by `make test`
-HOW_TO = "Write the table anew: make families"
 
 SAMPLE = (
     'with granularity="sample" each sample of a batch has the schedule and result of its own run '
@@ -67,6 +66,7 @@ COLUMNS = {
     },
 }
 # Which tables the tests of a folder fill.
+_NOTHING: Column = {"promise": "", "works": {}, "absent": {}}
 FOLDERS = {"tests": ("diffusers", "original code"), "tests/comfyui": ("ComfyUI",)}
 
 
@@ -134,7 +134,8 @@ def page(tables: dict[str, dict[str, Column]]) -> str:
 def main(arguments: list[str]) -> int:
     """Write the tables of the folders' tests, or with --check compare them; 1 if they differ."""
     folders = [each for each in arguments if each != "--check"]
-    tables = columns() if DATA.exists() else {}
+    before = columns() if DATA.exists() else {}
+    tables = dict(before)
     try:
         for folder in folders:
             tables |= gather(ROOT / folder, FOLDERS[folder])
@@ -147,11 +148,10 @@ def main(arguments: list[str]) -> int:
         for file, content in files.items():
             file.write_text(content)
         return 0
-    old = [file for file, content in files.items() if file.read_text() != content]
-    for file in old:
-        print(f"{file.relative_to(ROOT)} is not what the tests of {' and '.join(folders)} say.")
+    old = [file.name for file, content in files.items() if file.read_text() != content]
     if old:
-        print(HOW_TO)
+        print(f"{' and '.join(old)}: not what the tests say. Write them anew: make families")
+        print("\n".join(_differences(before, tables)))
     return int(bool(old))
 
 
@@ -219,6 +219,19 @@ def _check_contradictions(tables: dict[str, dict[str, Column]]) -> None:
                         f"{title}, {family}, {name}: {said[0][0]} shows it, and {said[1][0]} "
                         f"says that there is none."
                     )
+
+
+def _differences(before: Any, now: Any) -> list[str]:
+    """The cells that are not what they were."""
+    return [
+        f"{title}, {row.name}, {name}: {was or 'nothing'} is written, {said or 'nothing'} is shown"
+        for title, table in now.items()
+        for name, column in table.items()
+        for row in rows()[title]
+        for was in [cell(name, before.get(title, {}).get(name, _NOTHING), row.name)]
+        for said in [cell(name, column, row.name)]
+        if was != said
+    ]
 
 
 def _cells(row: Row, table: dict[str, Column]) -> list[str]:

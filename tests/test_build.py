@@ -160,6 +160,13 @@ def test_without_compiled_modules_the_reference_runs_and_says_why(tmp_path):
     assert "tensor(6.)" in done.stdout
 
 
+def test_what_commands_read_is_built_along(tmp_path):
+    built = tmp_path / "built"
+    done = run_setup(tmp_path, "-q", "build_py", "--build-lib", str(built), DICACHE_BUILD="0")
+    assert done.returncode == 0, done.stderr
+    assert (built / "dicache" / "cli" / "families.json").is_file()
+
+
 # --- the folder kernels/ -------------------------------------------------------------------------
 
 

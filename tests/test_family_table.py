@@ -47,14 +47,20 @@ def test_the_table_is_what_the_tests_say() -> None:
 def test_a_difference_is_told_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A table that has one family less, as if a test had been parametrized by one more."""
-    page = tmp_path / "families.md"
-    page.write_text(family_table.PAGE.read_text().replace("| mochi |", "| moch |"))
-    monkeypatch.setattr(family_table, "PAGE", page)
-    monkeypatch.setattr(family_table, "ROOT", tmp_path)
-    assert family_table.main(["--check"]) == 1
-    assert "families.md is not what" in (said := capsys.readouterr().out) and "make fam" in said
-    assert family_table.main([]) == 0 == family_table.main(["--check"])
+    """As if a test ran for one family only that ran for all."""
+    said, page, data = columns(), tmp_path / "families.md", tmp_path / "families.json"
+    said["diffusers"]["offload"]["works"] = {"test_it": ["wan"]}
+    monkeypatch.setattr(family_table, "gather", lambda *_: {"diffusers": said["diffusers"]})
+    for name, file in (("PAGE", page), ("DATA", data)):
+        file.write_text(getattr(family_table, name).read_text())
+        monkeypatch.setattr(family_table, name, file)
+    assert family_table.main(["--check", "tests"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "families.json and families.md: not what" in lines[0] and "make families" in lines[0]
+    assert "diffusers, flux, offload: yes is written, nothing is shown" in lines
+    assert not any("wan, offload" in line for line in lines)
+    assert family_table.main(["tests"]) == 0 == family_table.main(["--check", "tests"])
+    assert "`test_it`" in page.read_text()
 
 
 def test_a_cell_is_there_for_the_families_that_a_test_runs_for(tmp_path: Path) -> None:
