@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from family_table import pytest_runtest_makereport as pytest_runtest_makereport
+from table_marks import pytest_runtest_makereport as pytest_runtest_makereport
 
 
 @pytest.fixture(autouse=True)

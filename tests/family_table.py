@@ -17,17 +17,16 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from table_marks import MARKS
 
 from dicache.cli.families import DATA, THRESHOLD, Column, Row, cell, columns, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "families.md"
-MARKS: dict[str, Any] = {"backs": "works", "rules_out": "absent"}
 PARAMETERS = ("family", "name", "kind")
 LEFT_OUT = ("gpu", "large")  # by `make test`
 
@@ -153,17 +152,6 @@ def main(arguments: list[str]) -> int:
         print(f"{' and '.join(old)}: not what the tests say. Write them anew: make families")
         print("\n".join(_differences(before, tables)))
     return int(bool(old))
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_makereport(item: Any) -> Generator[None, Any, Any]:
-    """A yes in the table of a test that skipped itself would be a lie."""
-    report = yield
-    if report.skipped and any(item.get_closest_marker(name) for name in MARKS):
-        report.outcome = "failed"
-        vars(report).pop("wasxfail", None)  # such a failure would not count
-        report.longrepr = f"{item.nodeid} was skipped, and the table of families rests on it."
-    return report
 
 
 class _Collector:

@@ -10,6 +10,7 @@ from typing import Any
 
 import family_table
 import pytest
+import table_marks
 
 from dicache.cli import main
 from dicache.cli.families import THRESHOLD, cell, columns, rows
@@ -87,14 +88,14 @@ def test_marks_that_say_nothing_are_refused(
         gather(tmp_path, TESTS.replace(*change))
 
 
-@pytest.mark.parametrize("mark", [*family_table.MARKS, "other"])
+@pytest.mark.parametrize("mark", [*table_marks.MARKS, "other"])
 @pytest.mark.parametrize("how", ["skip", "xfail", "importorskip"])
 def test_a_marked_test_that_skips_itself_fails(tmp_path: Path, mark: str, how: str) -> None:
     file = tmp_path / f"{tmp_path.name}.py"
     marked = f"@pytest.mark.{mark}('offload')\ndef test_one():"
     file.write_text(f"import pytest\n{marked}\n    pytest.{how}('no_such_module')\n")
     arguments = ["-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(file)]
-    code = pytest.main(arguments, plugins=[family_table])
+    code = pytest.main(arguments, plugins=[table_marks])
     assert code == (pytest.ExitCode.OK if mark == "other" else pytest.ExitCode.TESTS_FAILED)
 
 
