@@ -1,4 +1,4 @@
-"""The marks that the table of families is made of (`family_table.py`). Nothing heavy is imported."""
+"""The marks that the table of families is made of (`family_table.py`); nothing heavy is needed."""
 
 from __future__ import annotations
 
