@@ -29,6 +29,7 @@ from dicache import (
 )
 from dicache.adapters.diffusers.attach import cache_on
 from dicache.driver import families
+from dicache.driver.streams import join, split
 
 RULES = DiCacheConfig(schedule="CCRRCR", num_inference_steps=6)
 
@@ -262,12 +263,18 @@ def test_a_forward_that_takes_anything_is_believed() -> None:
 
 
 @pytest.mark.parametrize("outputs", [("states", "text", "audio"), ("states", "routing")])
-def test_a_second_stream_is_refused_unless_nobody_reads_it(outputs: tuple[str, ...]) -> None:
+def test_a_second_stream_is_refused_unless_somebody_says_what_it_is(
+    outputs: tuple[str, ...],
+) -> None:
     stream = outputs[-1]
     stack = BlockStack("layers", outputs=outputs, hidden_states="states")
-    with pytest.raises(ValueError, match=f"return {stream!r} beside the image tokens.*unread"):
+    with pytest.raises(
+        ValueError, match=f"return {stream!r} beside .*unread.*'states', {stream!r}"
+    ):
         ModelFamily("plain", "PlainTransformer", (stack,), threshold=0.5)
     ModelFamily("plain", "PlainTransformer", (stack,), 0.5, unread=("text", stream))
+    both = replace(stack, hidden_states=("states", stream))
+    ModelFamily("plain", "PlainTransformer", (both,), 0.5)
 
 
 def test_blocks_have_to_return_the_tokens() -> None:
@@ -278,6 +285,265 @@ def test_blocks_have_to_return_the_tokens() -> None:
 def test_a_family_has_blocks() -> None:
     with pytest.raises(ValueError, match="has no stacks"):
         ModelFamily("plain", "Plain", (), threshold=0.5)
+
+
+# --- several streams -----------------------------------------------------------------------------
+
+
+class TwoStreamBlock(nn.Module):
+    """Returns (sound, picture), of widths 6 and 8; each is made from both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_picture, self.to_sound = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, sound: Tensor | None, picture: Tensor) -> tuple[Tensor | None, Tensor]:
+        heard = 0.0 if sound is None else self.to_picture(sound).mean(1, keepdim=True)
+        seen = self.to_sound(picture).mean(1, keepdim=True)
+        moved = picture + (heard + picture.flip(-1)).sin()
+        return (None if sound is None else sound + (seen + sound.flip(-1)).sin()), moved
+
+
+class TwoStreams(nn.Module):
+    def __init__(self, block: Callable[[], nn.Module] = TwoStreamBlock) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(block() for _ in range(4))
+
+    def forward(
+        self, picture: Tensor, timestep: Tensor, text: Tensor, sound: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        for layer in self.layers:
+            sound, picture = layer(sound, picture=picture)
+        if sound is not None:
+            sound = sound.view(-1, 6)  # as a head may do with what blocks return
+        return sound, picture.view(-1, 8)
+
+
+SOUND_AND_PICTURE = BlockStack(
+    "layers",
+    outputs=("sound", "picture"),
+    hidden_states=("picture", "sound"),
+    per_sample=("picture", "sound"),
+)
+TWO = ModelFamily("two", "TwoStreams", (SOUND_AND_PICTURE,), threshold=0.5, text="text")
+# Of a sample's 40 * 8 and 3 * 6 elements: the first stream has about 4^2 times as many.
+WEIGHTS = (0.25, 1.0)
+
+
+def two_streams(num_steps: int = 6, batch: int = 2, jump: int = -1) -> list[tuple[Tensor, ...]]:
+    """Arguments of the calls of a run; in step `jump` the sound is another."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(2, batch, 40, 8, generator=generator)
+    sounds = torch.randn(3, batch, 3, 6, generator=generator)
+    text, calls = torch.ones(batch, 3, 8), []
+    for step in range(num_steps):
+        share = step / (num_steps - 1)
+        picture, sound = ((1 - share) * a + share * b for a, b in (pictures, sounds[:2]))
+        timestep = torch.full((batch,), float(num_steps - step))
+        calls.append((picture, timestep, text, sounds[2] if step == jump else sound))
+    return calls
+
+
+def test_both_streams_follow_the_formula() -> None:
+    """y = x + r_old + gamma (r_new - r_old), gamma being that of both as they are weighed."""
+    register_family(TWO)
+    model, plain, steps = make(TwoStreams), make(TwoStreams), two_streams()
+    seen: dict[str, list[list[Tensor]]] = {"x": [], "p": [], "y": []}
+
+    def note(name: str, streams: tuple[Tensor, Tensor]) -> None:
+        seen[name].append([each.double() for each in streams])
+
+    first, last = plain.layers[0], plain.layers[-1]
+    first.register_forward_pre_hook(
+        lambda _, args, kwargs: note("x", (kwargs["picture"], args[0])), with_kwargs=True
+    )
+    first.register_forward_hook(lambda _, args, output: note("p", output[::-1]))
+    last.register_forward_hook(lambda _, args, output: note("y", output[::-1]))
+    expected = [plain(*given) for given in steps]
+    apply_dicache(model, DiCacheConfig(schedule="CCRRCR", gamma_range=(0, None)))
+    outputs = [model(*given) for given in steps]
+    (records,) = get_stats(model).contexts.values()
+    window: list[int] = []
+    for step, (sound, picture) in enumerate(outputs):
+        if "CCRRCR"[step] == "C":
+            window = [*window[-1:], step]
+            assert torch.equal(sound, expected[step][0]) and torch.equal(picture, expected[step][1])
+            continue
+        old, new = window
+        probes = [
+            [p - x for p, x in zip(seen["p"][k], seen["x"][k], strict=True)] for k in range(6)
+        ]
+        a_d = d_d = 0.0
+        for weight, now, before, after in zip(
+            WEIGHTS, probes[step], probes[old], probes[new], strict=True
+        ):
+            a, d = now - before, after - before
+            a_d, d_d = a_d + weight**2 * (a * d).sum(), d_d + weight**2 * (d * d).sum()
+        gamma = float(a_d / d_d)
+        assert records[step].gamma == pytest.approx(gamma, rel=1e-4)
+        for stream, output in enumerate((picture, sound)):
+            r_old, r_new = (seen["y"][k][stream] - seen["x"][k][stream] for k in (old, new))
+            wanted = seen["x"][step][stream] + r_old + gamma * (r_new - r_old)
+            assert torch.allclose(output, wanted.flatten(0, 1).float(), atol=1e-5)
+
+
+def test_a_change_of_the_smaller_stream_alone_is_seen() -> None:
+    """Were streams to count by their size, 4 of 5 such changes would pass for small ones."""
+    register_family(TWO)
+    errors = {}
+    for jump in (-1, 9):
+        model = make(TwoStreams)
+        rules = {"threshold": 0, "retention_ratio": 0, "error": "delta_y", "alignment": "l1"}
+        apply_dicache(model, DiCacheConfig(**rules, num_inference_steps=12))
+        for given in two_streams(12, jump=jump):
+            model(*given)
+        (records,) = get_stats(model).contexts.values()
+        errors[jump] = records[9].error
+    assert errors[9] > 4 * errors[-1]
+
+
+def test_samples_of_two_streams_go_their_own_ways() -> None:
+    register_family(TWO)
+    rules = {"threshold": 0.05, "granularity": "sample", "retention_ratio": 0}
+    steps, runs = two_streams(12), []
+    for picture, *_, sound in steps:
+        bend = torch.tensor([0.0, 1.5]).view(-1, 1, 1) * picture.sum().sin()
+        picture += bend
+        sound += bend
+    for rows in (slice(None), slice(0, 1), slice(1, 2)):
+        model = make(TwoStreams)
+        apply_dicache(model, DiCacheConfig(**rules, num_inference_steps=12))
+        text = steps[0][2][rows]
+        made = [model(x[rows], t[rows], text, sound[rows]) for x, t, _, sound in steps]
+        (records,) = get_stats(model).contexts.values()
+        runs.append(([record.action for record in records], made))
+    (together, outputs), *alone = runs
+    assert together[::2] != together[1::2]
+    for row, (actions, made) in enumerate(alone):
+        assert actions == together[row::2]
+        for pair, wanted in zip(outputs, made, strict=True):
+            for output, expected in zip(pair, wanted, strict=True):
+                assert torch.allclose(output.chunk(2)[row], expected, atol=1e-5)
+
+
+class TwoStreamsInPlace(TwoStreamBlock):
+    def forward(self, sound: Tensor | None, picture: Tensor) -> tuple[Tensor | None, Tensor]:
+        output = super().forward(sound, picture)
+        for given, made in zip((sound, picture), output, strict=True):
+            if given is not None and made is not None:
+                given.copy_(made)
+        return sound, picture
+
+
+class TwoStreamsOfTwoDtypes(TwoStreamBlock):
+    def forward(self, sound: Tensor | None, picture: Tensor) -> tuple[Tensor | None, Tensor]:
+        assert sound is not None and sound.dtype == torch.float64
+        made = super().forward(sound.float(), picture)
+        assert made[0] is not None
+        return made[0].double(), made[1]
+
+
+@pytest.mark.parametrize("kind", [TwoStreamsInPlace, TwoStreamsOfTwoDtypes])
+def test_streams_are_written_in_place_and_have_dtypes_of_their_own(kind: type[nn.Module]) -> None:
+    register_family(TWO)
+    outputs = []
+    for block in (TwoStreamBlock, kind):
+        model = make(lambda: TwoStreams(block))  # noqa: B023
+        apply_dicache(model, DiCacheConfig(schedule="CCRRCR"))
+        double = block is TwoStreamsOfTwoDtypes
+        made = []
+        for picture, timestep, text, sound in two_streams():
+            made += model(picture.clone(), timestep, text, sound.double() if double else sound)
+        assert masks(model) == {"branch0": "CCRRCR"}
+        outputs.append(made)
+    of_sound = torch.float64 if double else torch.float32
+    assert {output.dtype for output in outputs[1][::2]} == {of_sound}
+    assert {output.dtype for output in outputs[1][1::2]} == {torch.float32}
+    for pair in zip(*outputs, strict=True):
+        assert torch.allclose(pair[0].double(), pair[1].double(), atol=1e-5)
+
+
+def test_a_stream_that_a_call_lacks() -> None:
+    """Video without sound: the other stream is all that is cached, and a run of its own."""
+    register_family(TWO)
+    model, silent = make(TwoStreams), [(*given[:3], None) for given in two_streams()]
+    apply_dicache(model, DiCacheConfig(schedule="CRRRRR"))
+    first, *_ = two_streams()
+    y = make(TwoStreams)(*silent[0])[1]
+    for given in (*two_streams(), *silent):
+        sound, picture = model(*given)
+    assert sound is None
+    x, x_first = silent[-1][0], first[0]
+    assert torch.allclose(picture, (x - x_first).flatten(0, 1) + y, atol=1e-5)
+    assert masks(model) == {"branch0": "CRRRRR"}
+
+
+def test_gradients_of_one_stream_alone_are_left_to_autograd() -> None:
+    register_family(TWO)
+    model, plain = make(TwoStreams), make(TwoStreams)
+    apply_dicache(model, DiCacheConfig(schedule="CRRRRR"))
+    found = []
+    for each in (model, plain):
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            for picture, timestep, text, sound in two_streams():
+                sound.requires_grad_()
+                each(picture, timestep, text, sound)[1].sum().backward()
+        found.append(sound.grad)
+    assert torch.equal(*found) and found[0].any()
+
+
+def test_rows_whose_streams_do_not_fit_are_refused() -> None:
+    other = replace(SOUND_AND_PICTURE, hidden_states="picture")
+    for stacks, message in (
+        ((replace(SOUND_AND_PICTURE, text_in_front=True),), "have 2 token streams, and text in"),
+        ((SOUND_AND_PICTURE, other), "have 1 token streams and those of 'layers' 2"),
+        (
+            (replace(SOUND_AND_PICTURE, hidden_states=("picture", "noise")),),
+            "Expected 'noise' among",
+        ),
+        ((replace(SOUND_AND_PICTURE, hidden_states=()),), "at least one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ModelFamily("two", "TwoStreams", stacks, threshold=0.5)
+
+
+def test_streams_of_a_family_that_return_something_else_are_told() -> None:
+    class Returns(TwoStreamBlock):
+        def forward(self, sound: Tensor | None, picture: Tensor) -> Any:
+            return super().forward(sound, picture)[0], [picture]
+
+    class Takes(TwoStreams):
+        def forward(self, picture: Tensor, timestep: Tensor, text: Tensor, sound: Any) -> Any:
+            for layer in self.layers:
+                sound, (picture,) = layer(sound, picture=picture)
+            return sound, picture
+
+    register_family(replace(TWO, model_class="Takes"))
+    model, plain = make(lambda: Takes(Returns)), make(lambda: Takes(Returns))
+    apply_dicache(model, RULES)
+    with told("returned a tuple of 2"):
+        outputs = [model(*given) for given in two_streams()]
+    for made, given in zip(outputs, two_streams(), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(made, plain(*given), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_joining_streams_loses_nothing(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    streams = [
+        torch.randn(2, *shape, generator=generator).to(dtype)
+        for shape in ((90, 12), (7, 8), (1, 4))
+    ]
+    streams[1][0, 0, 0] = 6e4  # within reach of fp16, and it does not come nearer to its end
+    joined = join(streams)
+    assert joined.shape == (2, 90 * 3 + 7 * 2 + 1, 4) and joined.isfinite().all()
+    lost = 2.0**-21 if dtype == torch.float16 else 0.0  # half of 2^-24, times 16
+    for made, stream in zip(split(joined, streams), streams, strict=True):
+        assert (made - stream).abs().max() <= lost and made.is_contiguous()
+    ones = join([torch.ones_like(each) for each in streams]).double()
+    sums = [part.square().sum() for part in ones.split([270, 14, 1], dim=1)]
+    assert all(0.5 <= part / sums[-1] <= 2 for part in sums)
 
 
 # --- blocks that write into their input ----------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 TEXT_TOKENS = 5
 TEXT_WIDTH = 16
+AUDIO_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,14 @@ class TinyFamily:
         stacks: Attributes of the block lists, in the order in which they run.
         image_output: Place of the image tokens in the tuple that a block returns. A block that
             returns a bare tensor has them at the tensor's end.
+        streams: Names of the tokens that a block takes and returns, if there are several streams:
+            they are then its first arguments and all that it returns.
         image_first: They are at such a tensor's beginning.
         timesteps: First and last timestep of a run.
         names: Arguments of a call that carry latents and timestep.
         as_list: Whether latents go in and come out as a list, a tensor a sample.
+        other_latents: Shapes of further latents of a call, as `latents`, by argument.
+        shares_timestep: Whether a call has one timestep, not one a sample.
     """
 
     model_class: str
@@ -50,6 +55,9 @@ class TinyFamily:
     timesteps: tuple[float, float] = (1000.0, 100.0)
     names: tuple[str, str] = ("hidden_states", "timestep")
     as_list: bool = False
+    streams: tuple[str, ...] = ()
+    other_latents: dict[str, Callable[[int, int], tuple[int, ...]]] = field(default_factory=dict)
+    shares_timestep: bool = False
 
 
 def build(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
@@ -70,19 +78,29 @@ def calls(
     """Keyword arguments of the calls of one run, which share text and masks as pipelines do."""
     family = FAMILIES[name]
     arguments = family.inputs(batch, size, torch.Generator().manual_seed(seed))
-    noise, picture = (_normal(family.latents(batch, size), seed + 1 + k) for k in (0, 1))
     first, last = family.timesteps
     steps = []
     for share in torch.linspace(0, 1, num_steps).tolist():
-        # The probes of a straight line would all be alike; the wave bends it.
-        wave = 0.3 * torch.sin(4 * share + picture)
+        timestep = first + share * (last - first)
         inputs = {
-            family.names[1]: torch.full((batch,), first + share * (last - first)),
+            family.names[1]: torch.full((1 if family.shares_timestep else batch,), timestep),
             "return_dict": False,
             **arguments,
         }
-        steps.append(with_latents(name, inputs, (1 - share) * noise + share * picture + wave))
+        for k, (other, shape) in enumerate(family.other_latents.items()):
+            inputs[other] = _on_the_way(shape(batch, size), share, seed + 11 + 2 * k)
+        latents = _on_the_way(family.latents(batch, size), share, seed + 1)
+        steps.append(with_latents(name, inputs, latents))
     return steps
+
+
+def _on_the_way(shape: tuple[int, ...], share: float, seed: int) -> Tensor:
+    """Latents between noise and a picture.
+
+    The probes of a straight line would all be alike; a wave bends it.
+    """
+    noise, picture = (_normal(shape, seed + k) for k in (0, 1))
+    return (1 - share) * noise + share * picture + 0.3 * torch.sin(4 * share + picture)
 
 
 def latents_of(name: str, inputs: dict[str, Any]) -> Tensor:
@@ -98,13 +116,22 @@ def with_latents(name: str, inputs: dict[str, Any], latents: Tensor) -> dict[str
 
 def run_model(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """What the model makes of the latents of a call, as one tensor."""
-    return _as_tensor(model(**inputs)[0])
+    return output_of(model, model(**inputs))
+
+
+def output_of(model: nn.Module, output: Any) -> Tensor:
+    """What a call returned, as one tensor; of several kinds of latents [B, all of them]."""
+    kinds = {family.model_class: 1 + len(family.other_latents) for family in FAMILIES.values()}
+    count = kinds[type(model).__name__]
+    if count == 1:
+        return _as_tensor(output[0])
+    return torch.cat([each.flatten(1) for each in output[:count]], dim=1)
 
 
 def branches(name: str, num_steps: int) -> list[list[dict[str, Any]]]:
     """The calls of two branches of guidance: the same latents, and a prompt of each one's own."""
     one, other = calls(name, num_steps), calls(name, num_steps, seed=7)
-    keys = FAMILIES[name].names
+    keys = (*FAMILIES[name].names, *FAMILIES[name].other_latents)
     return [one, [{**o, **{k: i[k] for k in keys}} for i, o in zip(one, other, strict=True)]]
 
 
@@ -317,6 +344,32 @@ def _qwen21_inputs(batch: int, size: int, generator: torch.Generator) -> dict[st
     }
 
 
+def _audio_video_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        **_ltx_inputs(batch, size, generator),
+        "audio_encoder_hidden_states": _text(batch, generator),
+        "audio_encoder_attention_mask": _mask(batch),
+        "audio_num_frames": AUDIO_TOKENS,
+    }
+
+
+def _packed_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    """Text, audio and two frames of video in one sequence."""
+    counts = (TEXT_TOKENS, AUDIO_TOKENS, 2 * size * size)
+    text, audio, video = torch.arange(sum(counts)).split(counts)
+    rows = torch.meshgrid(torch.arange(2), torch.arange(size), torch.arange(size), indexing="ij")
+    others = torch.arange(len(text) + len(audio))[:, None].expand(-1, 3)
+    return {
+        **_text_inputs(batch, size, generator),
+        "timestep_indices": torch.zeros(sum(counts), dtype=torch.long),
+        "token_tags": torch.tensor([1, 2, 0]).repeat_interleave(torch.tensor(counts)),
+        "position_ids": torch.cat([others, torch.stack(rows, dim=-1).flatten(0, 2)]),
+        "video_indices": video,
+        "audio_indices": audio,
+        "text_indices": text,
+    }
+
+
 def _z_image_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
     return {"cap_feats": [*_text(batch, generator)]}
 
@@ -331,6 +384,10 @@ def _packed(channels: int, frames: int = 1) -> Callable[[int, int], tuple[int, .
 
 def _video(channels: int, patch: int = 2) -> Callable[[int, int], tuple[int, ...]]:
     return lambda batch, size: (batch, channels, 2, patch * size, patch * size)
+
+
+def _audio(channels: int) -> Callable[[int, int], tuple[int, ...]]:
+    return lambda batch, size: (batch, AUDIO_TOKENS, channels)
 
 
 _HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12}
@@ -816,6 +873,73 @@ FAMILIES: dict[str, TinyFamily] = {
         _packed(16),
         _qwen21_inputs,
         timesteps=_UNIT,
+    ),
+    "ltx2": TinyFamily(
+        "LTX2VideoTransformer3DModel",
+        {
+            **_HEADS,
+            "in_channels": 8,
+            "out_channels": 8,
+            "cross_attention_dim": 24,
+            "audio_in_channels": 6,
+            "audio_out_channels": 6,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 8,
+            "audio_cross_attention_dim": 16,
+            "num_layers": 4,
+            "caption_channels": TEXT_WIDTH,
+        },
+        _packed(8, frames=2),
+        _audio_video_inputs,
+        streams=("hidden_states", "audio_hidden_states"),
+        other_latents={"audio_hidden_states": _audio(6)},
+    ),
+    "kandinsky6": TinyFamily(
+        "Kandinsky6Transformer3DModel",
+        {
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": TEXT_WIDTH,
+            "in_text_dim2": 16,
+            "time_dim": 16,
+            "model_dim": 24,
+            "ff_dim": 32,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 4,
+            "axes_dims": (4, 4, 4),
+            "visual_cond": False,
+            "in_audio_dim": 6,
+            "out_audio_dim": 6,
+            "model_dim_a": 16,
+            "axes_dims_a": (4, 2, 2),
+        },
+        lambda batch, size: (batch, 2, 2 * size, 2 * size, 4),
+        _sd3_inputs,
+        stacks=("visual_transformer_blocks",),
+        streams=("vis", "aud"),
+        other_latents={"audio_hidden_states": _audio(6)},
+    ),
+    "minimax-h3": TinyFamily(
+        "MiniMaxH3Transformer3DModel",
+        {
+            **_HEADS,
+            "hidden_size": 24,
+            "num_layers": 4,
+            "num_refiner_layers": 1,
+            "ffn_dim": 32,
+            "in_channels": 2,
+            "audio_in_channels": 6,
+            "text_dim": TEXT_WIDTH,
+            "freq_dim": 16,
+            "time_embed_hidden_dim": 16,
+            "time_embed_dim": 16,
+            "rope_freq_dim": 2,
+        },
+        _packed(8, frames=2),
+        _packed_inputs,
+        timesteps=(0.0, 0.9),
+        other_latents={"audio_hidden_states": _audio(6)},
+        shares_timestep=True,
     ),
 }
 

@@ -8,7 +8,7 @@ guarantees fp64 arithmetic between capture and head, so that the test's toleranc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Capture:
-    """One un-cached call: tokens before block 0, after the probe, after the last block, output."""
+    """One un-cached call: tokens before block 0, after the probe, after the last block, output.
+
+    Of several streams the tokens are [B, all of them], each weighed so that its mean square counts.
+    """
 
     x: Tensor
     p: Tensor
@@ -41,7 +44,7 @@ class Twin:
 
     def __init__(self, name: str, model: nn.Module, probe_depth: int = 1) -> None:
         self.model, self.image_output = model, FAMILIES[name].image_output
-        self.image_first = FAMILIES[name].image_first
+        self.image_first, self.streams = FAMILIES[name].image_first, FAMILIES[name].streams
         self.blocks, self.probe_depth = blocks(name, model), probe_depth
 
     def call(self, inputs: dict[str, Any]) -> Capture:
@@ -49,7 +52,11 @@ class Twin:
         seen: dict[str, Tensor] = {}
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen["x"] = (args[0] if args else kwargs["hidden_states"]).double()
+            if self.streams:
+                given = args or [kwargs[name] for name in self.streams]
+                seen["x"] = _weighed(given[: len(self.streams)])
+            else:
+                seen["x"] = (args[0] if args else kwargs["hidden_states"]).double()
 
         def keep(name: str) -> Any:
             return lambda module, args, output: seen.update({name: self._image(output, seen["x"])})
@@ -72,6 +79,10 @@ class Twin:
                 return torch.cat(
                     [output[:, : place.start], y.to(output.dtype), output[:, place.stop :]], dim=1
                 )
+            if self.streams:
+                sizes = [each[0].numel() for each in output]
+                weighed = zip(y.split(sizes, dim=1), _weights(output), output, strict=True)
+                return tuple((p / weight).reshape(e.shape).to(e.dtype) for p, weight, e in weighed)
             parts = list(output)
             parts[self.image_output] = y.to(parts[self.image_output].dtype)
             return tuple(parts)
@@ -80,6 +91,8 @@ class Twin:
             return run_model(self.model, inputs)
 
     def _image(self, output: Any, x: Tensor) -> Tensor:
+        if self.streams:
+            return _weighed(output)
         tokens = output if isinstance(output, Tensor) else output[self.image_output]
         return tokens[:, self._place(tokens, x)].double()
 
@@ -87,6 +100,18 @@ class Twin:
         """Where the image tokens are among those with text."""
         start = 0 if self.image_first else tokens.shape[1] - x.shape[1]
         return slice(start, start + x.shape[1])
+
+
+def _weights(streams: Sequence[Tensor]) -> list[float]:
+    """1 of the smallest stream; of one with 4^k times its elements, about, 2^-k."""
+    sizes = [each.numel() for each in streams]
+    ratios = [size / min(sizes) for size in sizes]
+    return [2.0 ** -min(range(20), key=lambda k: abs(math.log(r / 4**k))) for r in ratios]
+
+
+def _weighed(streams: Sequence[Tensor]) -> Tensor:
+    pairs = zip(streams, _weights(streams), strict=True)
+    return torch.cat([weight * each.double().flatten(1) for each, weight in pairs], dim=1)
 
 
 def expected_run(

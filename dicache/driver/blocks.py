@@ -25,6 +25,7 @@ from .call import Call
 from .compiling import Compile, outermost_call, set_outermost_call
 from .families import BlockStack, unwrapped
 from .samples import UnknownSamplesError
+from .streams import join, split
 
 BlockFunction: TypeAlias = Callable[..., Any]
 
@@ -81,7 +82,8 @@ class BlockCall:
         self.take = itemgetter(*stack.outputs)  # a tuple, or with one name a value
         self.places = _Places(block)
         self._num_outputs = len(stack.outputs)
-        self._place = stack.outputs.index(stack.hidden_states)  # of the tokens among them
+        self._token_places = [stack.outputs.index(name) for name in stack.streams]
+        self._place, self._joins = self._token_places[0], len(stack.streams) > 1
         self._driver, self._roles = driver, roles
         self._compiled: BlockFunction | None = None  # the block's call, where it is compiled
         self.call: BlockFunction | None = None  # what was installed
@@ -117,15 +119,27 @@ class BlockCall:
         """An argument of the block by its name."""
         return kwargs[name] if name in kwargs else args[self.places[name]]
 
+    def tokens_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The tokens that the block is given, [B, S, D] or all streams joined."""
+        given = [self.argument(name, args, kwargs) for name in self.stack.streams]
+        return join([each for each in given if each is not None]) if self._joins else given[0]
+
     def passed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the block would return if it changed nothing."""
         return self.take({name: self.argument(name, args, kwargs) for name in self.names})
 
     def tokens_of(self, output: Any, call: Call) -> Tensor | None:
-        """The image tokens [B, S, D] of a block's output; `None` if it is not as the row says."""
+        """The image tokens [B, S, D] of a block's output, or all streams joined.
+
+        `None` if it is not as the row says.
+        """
         if self._num_outputs > 1:
             if not isinstance(output, (tuple, list)) or len(output) != self._num_outputs:
                 return None
+            if self._joins:
+                streams = [output[each] for each in self._token_places if output[each] is not None]
+                are_tokens = streams and all(isinstance(each, Tensor) for each in streams)
+                return join(streams) if are_tokens else None
             output = output[self._place]
         if not isinstance(output, Tensor):
             return None
@@ -135,7 +149,11 @@ class BlockCall:
 
     def with_tokens(self, values: Mapping[str, Any], y: Tensor, call: Call) -> Any:
         """A block's output, given by the names of its arguments, with these image tokens in it."""
-        name = self.stack.hidden_states
+        if self._joins:
+            names = [each for each in self.stack.streams if values[each] is not None]
+            parts = split(y, [values[each] for each in names])
+            return self.take({**values, **dict(zip(names, parts, strict=True))})
+        (name,) = self.stack.streams
         if self.stack.text_in_front:
             text = values[name][:, : -call.num_tokens]
             y = torch.cat([text.to(y.dtype), y], dim=1)
@@ -171,13 +189,11 @@ class BlockCall:
 
 def entering(driver: Driver, block: BlockCall, inner: BlockFunction) -> BlockFunction:
     """Block 0: note the tokens that enter it."""
-    name, places = block.stack.hidden_states, block.places
 
     def call(*args: Any, **kwargs: Any) -> Any:
         running = driver.call
         if running is not None:  # else the block is called on its own, outside of the model
-            x = kwargs[name] if name in kwargs else args[places[name]]
-            driver.enter_blocks(running, x)
+            driver.enter_blocks(running, block.tokens_in(args, kwargs))
         return inner(*args, **kwargs)
 
     return call
@@ -198,13 +214,17 @@ def deciding(driver: Driver, block: BlockCall, inner: BlockFunction) -> BlockFun
 
 def probing(driver: Driver, block: BlockCall, inner: BlockFunction) -> BlockFunction:
     """A probe of one block, `entering` and `deciding` in one: a frame less in every step."""
-    name, places = block.stack.hidden_states, block.places
+    (name, *others), places = block.stack.streams, block.places
 
     def call(*args: Any, **kwargs: Any) -> Any:
         running = driver.call
         if running is None:
             return inner(*args, **kwargs)
-        driver.enter_blocks(running, kwargs[name] if name in kwargs else args[places[name]])
+        if others:
+            x = block.tokens_in(args, kwargs)
+        else:
+            x = kwargs[name] if name in kwargs else args[places[name]]
+        driver.enter_blocks(running, x)
         output = inner(*args, **kwargs)
         _end_probe(driver, block, running, output)
         return output

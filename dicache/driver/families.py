@@ -70,7 +70,9 @@ class BlockStack:
         attribute: Name of the list on the model.
         outputs: What a block returns, by the names of its arguments; a single name stands for a
             bare tensor. A skipped block returns these arguments as they came.
-        hidden_states: Name of the argument and output that carries the image or video tokens.
+        hidden_states: Name of the argument and output that carries the image or video tokens. Of
+            models with several streams that are read behind the last block (video and audio), the
+            names of all of them, in a tuple; see `driver.streams`. One that a call lacks is `None`.
         text_in_front: Whether that tensor is [text, image] along the sequence. The image tokens
             are then its last ones, as many as entered block 0.
         per_sample: Names of the arguments whose tensors have a row a sample, so that a part of a
@@ -86,11 +88,17 @@ class BlockStack:
 
     attribute: str
     outputs: tuple[str, ...] = (HIDDEN,)
-    hidden_states: str = HIDDEN
+    hidden_states: str | tuple[str, ...] = HIDDEN
     text_in_front: bool = False
     per_sample: tuple[str, ...] = PER_SAMPLE
     whole_for: tuple[str, ...] | None = None
     text_behind: bool = False
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the arguments that carry tokens, one of them in most models."""
+        names = self.hidden_states
+        return (names,) if isinstance(names, str) else names
 
 
 @dataclass(frozen=True)
@@ -127,8 +135,8 @@ class ModelFamily:
             factor; rising ones never are.
 
     Raises:
-        ValueError: There are no stacks, or blocks return something beside the image tokens that may
-            be read behind the last block.
+        ValueError: There are no stacks, or blocks return something beside the tokens that may be
+            read behind the last block, or a stack has other streams than the first.
     """
 
     name: str
@@ -155,24 +163,36 @@ class ModelFamily:
             self._check_outputs(stack)
 
     def _check_outputs(self, stack: BlockStack) -> None:
-        if stack.hidden_states not in stack.outputs:
+        for name in stack.streams:
+            if name not in stack.outputs:
+                raise ValueError(
+                    f"Blocks of {stack.attribute!r} return {', '.join(stack.outputs)}. Expected "
+                    f"{name!r} among them, which carries the image tokens; name it in "
+                    f"BlockStack(hidden_states=...)."
+                )
+        several = len(stack.streams)
+        if several != len(self.stacks[0].streams) or not several:
             raise ValueError(
-                f"Blocks of {stack.attribute!r} return {', '.join(stack.outputs)}. Expected "
-                f"{stack.hidden_states!r} among them, which carries the image tokens; name it in "
-                f"BlockStack(hidden_states=...)."
+                f"Blocks of {stack.attribute!r} have {several} token streams and those of "
+                f"{self.stacks[0].attribute!r} {len(self.stacks[0].streams)}. Expected the same "
+                f"ones everywhere, at least one, in BlockStack(hidden_states=...)."
+            )
+        if several > 1 and (stack.text_in_front or stack.text_behind):
+            raise ValueError(
+                f"Blocks of {stack.attribute!r} have {several} token streams, and text in one of "
+                f"them. Expected one stream where text is in it (text_in_front, text_behind)."
             )
         others = [
-            each
-            for each in stack.outputs
-            if each not in (stack.hidden_states, self.text, *self.unread)
+            each for each in stack.outputs if each not in (*stack.streams, self.text, *self.unread)
         ]
         if others:
             raise ValueError(
                 f"Blocks of {stack.attribute!r} return {others[0]!r} beside the image tokens. A "
                 f"reused step gives only those their residual, and whatever reads {others[0]!r} "
                 f"behind the last block would get it as it came in. If nothing does, as with a "
-                f"text stream, say so: ModelFamily(unread=({others[0]!r},)). If something does, "
-                f"the family cannot be cached."
+                f"text stream, say so: ModelFamily(unread=({others[0]!r},)). If something does, it "
+                f"is a stream of tokens, too: "
+                f"BlockStack(hidden_states={(*stack.streams, others[0])!r})."
             )
 
     @property

@@ -83,7 +83,9 @@ class CachedModel:
         self._bare_forward: Any = None
         self._own_compile: Any = None  # the instance's, if it has one of its own
         self._in_use = threading.Lock()
-        self._works_in_place: bool | None = None  # whether blocks write into their input, if known
+        # Whether blocks write into their x, if known. Into that of several streams they cannot: it
+        # is a tensor of the cache's own.
+        self._works_in_place = False if len(family.stacks[0].streams) > 1 else None
 
     def attach(self) -> None:
         """Take the place of the calls; `forward` is from here on what it is now."""

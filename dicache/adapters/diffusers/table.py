@@ -24,6 +24,25 @@ from ...driver.families import (
 
 _TEXT_FIRST, _TEXT_LAST = (TEXT, HIDDEN), (HIDDEN, TEXT)
 _HIDREAM = (*PER_SAMPLE, "hidden_states_masks", "image_rotary_emb")
+_LTX2_PER_SAMPLE = (
+    *PER_SAMPLE,
+    "audio_hidden_states",
+    "audio_encoder_hidden_states",
+    "temb_audio",
+    "temb_ca_scale_shift",
+    "temb_ca_audio_scale_shift",
+    "temb_ca_gate",
+    "temb_ca_audio_gate",
+    "temb_prompt",
+    "temb_prompt_audio",
+    "video_rotary_emb",
+    "audio_rotary_emb",
+    "ca_video_rotary_emb",
+    "ca_audio_rotary_emb",
+    "audio_encoder_attention_mask",
+    "self_attention_mask",
+    "perturbation_mask",
+)
 _FLUX: dict[str, Any] = {"threshold": 0.4, "alignment_threshold": 0.07}
 _HUNYUAN_VIDEO: dict[str, Any] = {"threshold": 0.1, "alignment_threshold": 0.035}
 _WAN: dict[str, Any] = {"threshold": 0.08, "alignment_threshold": 0.02}
@@ -342,6 +361,48 @@ for _family in (
         (BlockStack("transformer_blocks", per_sample=(HIDDEN, "modulation", "key_valid")),),
         module="diffusers",
         **_FLUX,
+    ),
+    ModelFamily(
+        "ltx2",  # its audio is a stream of its own, and read at the end
+        "LTX2VideoTransformer3DModel",
+        (
+            BlockStack(
+                "transformer_blocks",
+                (HIDDEN, "audio_hidden_states"),
+                hidden_states=(HIDDEN, "audio_hidden_states"),
+                per_sample=_LTX2_PER_SAMPLE,
+            ),
+        ),
+        behind_probe=(
+            *BEHIND_PROBE,
+            "isolate_modalities",
+            "spatio_temporal_guidance_blocks",
+            "perturbation_mask",
+        ),
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
+    ),
+    ModelFamily(
+        "kandinsky6",  # with audio, as a stream of its own, or without
+        "Kandinsky6Transformer3DModel",
+        (
+            BlockStack(
+                "visual_transformer_blocks",
+                ("vis", "aud"),
+                hidden_states=("vis", "aud"),
+                per_sample=("vis", "aud", "text_v", "text_a", "time_embed", "attn_mask"),
+            ),
+        ),
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
+    ),
+    ModelFamily(
+        "minimax-h3",  # its tokens are text, video and audio in one
+        "MiniMaxH3Transformer3DModel",
+        (BlockStack("transformer_blocks", per_sample=(HIDDEN,)),),
+        ascending_timesteps=True,
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
     ),
 ):
     register_family(_family)
