@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import LatteTransformer3DModel
 from helpers import masks
 from tiny_models import build, calls
 from torch import Tensor, nn
@@ -177,6 +178,26 @@ def test_a_foreign_class_with_the_name_of_a_known_one_is_not_taken_for_it(name: 
     kind = type(name, (PlainTransformer,), {"__module__": "somebody.elses"})
     with pytest.raises(ValueError, match=f"does not support {name}.*register_family"):
         apply_dicache(make(kind))
+
+
+class Latte(LatteTransformer3DModel):
+    """A subclass, of which the same is true."""
+
+
+@pytest.mark.parametrize("kind", [LatteTransformer3DModel, Latte])
+def test_what_cannot_be_supported_is_told_why(kind: type[Any]) -> None:
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 8, "in_channels": 4, "patch_size": 2}
+    norm = {"norm_type": "ada_norm_single", "norm_elementwise_affine": False}
+    model = kind(**sizes, **norm, sample_size=4, caption_channels=8)
+    with pytest.raises(ValueError, match=f"cannot support {kind.__name__}: its last block returns"):
+        apply_dicache(model)
+    plain = make(type("LatteTransformer3DModel", (PlainTransformer,), {}))
+    with pytest.raises(ValueError, match="does not support LatteTransformer3DModel.*Supported"):
+        apply_dicache(plain)  # of another package
+    stack = BlockStack("temporal_transformer_blocks")
+    register_family(ModelFamily("latte", "LatteTransformer3DModel", (stack,), threshold=0.5))
+    with pytest.raises(ValueError, match="probe_depth"):  # the user's row, which has one block
+        apply_dicache(model)
 
 
 # --- names of arguments --------------------------------------------------------------------------
@@ -491,6 +512,21 @@ def test_gradients_of_one_stream_alone_are_left_to_autograd() -> None:
                 each(picture, timestep, text, sound)[1].sum().backward()
         found.append(sound.grad)
     assert torch.equal(*found) and found[0].any()
+
+
+def test_compiled_blocks_of_two_streams() -> None:
+    register_family(TWO)
+    outputs = []
+    for compiles in (False, True):
+        model = make(TwoStreams)
+        apply_dicache(model, DiCacheConfig(schedule="CCRRCR"))
+        if compiles:
+            for layer in model.layers:
+                layer.compile(backend="eager", fullgraph=True)
+        outputs.append([each for given in two_streams() for each in model(*given)])
+        assert masks(model) == {"branch0": "CCRRCR"}
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+    torch._dynamo.reset()
 
 
 def test_rows_whose_streams_do_not_fit_are_refused() -> None:

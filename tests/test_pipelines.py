@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline
-from tiny_models import build
+from diffusers import FluxImg2ImgPipeline, MiniMaxH3Scheduler
+from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import (
+    MiniMaxH3CoreDenoiseStep,
+    MiniMaxH3FL2VACoreDenoiseStep,
+)
+from tiny_models import build, calls
 from tiny_pipelines import PIPELINES, by_branch, pipeline, record, run, scheduler, text
 from torch import Tensor, nn
 from twin import Twin, assert_close, expected_run
@@ -87,6 +92,71 @@ def test_every_section_of_framepack_is_a_run_of_its_own():
     assert len(calls) == 2 * len(MASK)
     for section in (calls[: len(MASK)], calls[len(MASK) :]):
         check_calls("framepack", build("framepack"), section, MASK)
+
+
+def minimax_h3(blocks: type[Any]) -> Any:
+    """The modular pipeline's core; its model has as many latents as the pipeline expects."""
+    pipe = blocks().init_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    schedulers = {"scheduler": MiniMaxH3Scheduler(12), "audio_scheduler": MiniMaxH3Scheduler(3)}
+    pipe.update_components(transformer=build("minimax-h3", **H3), **schedulers)
+    return pipe
+
+
+def run_minimax_h3(pipe: Any, num_steps: int, **arguments: Any) -> Tensor:
+    """Video and audio; of N sigmas the last one is the picture itself."""
+    state = pipe(
+        prompt_embeds=text(0),
+        text_token_tags=torch.ones(5, dtype=torch.long),
+        height=64,
+        width=64,
+        num_frames=124,
+        num_inference_steps=num_steps + 1,
+        generator=torch.Generator().manual_seed(0),
+        **arguments,
+    )
+    return torch.cat([state.get(name).flatten() for name in ("latents", "audio_latents")])
+
+
+H3 = {"in_channels": 24, "audio_in_channels": 32}
+KEYFRAME = {"keyframe_anchors": ("first",), "condition_latents": [torch.ones(1, 24, 1, 4, 4)]}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "arguments"),
+    [(MiniMaxH3CoreDenoiseStep, {}), (MiniMaxH3FL2VACoreDenoiseStep, KEYFRAME)],
+    ids=["text", "keyframe"],
+)
+def test_minimax_h3(blocks: type[Any], arguments: dict[str, Any]) -> None:
+    """A keyframe's rows have a timestep of their own, near the schedule's end, in all steps."""
+    pipe = minimax_h3(blocks)
+    plain, made = run_minimax_h3(pipe, 6, **arguments), record(pipe.transformer)
+    apply_dicache(pipe, DiCacheConfig(threshold=0))
+    assert torch.equal(run_minimax_h3(pipe, 6, **arguments), plain)
+    remove_dicache(pipe)
+    apply_dicache(pipe, RULES)
+    for mask in (MASK, MASK, "CCRRRRRC"):
+        made.clear()
+        run_minimax_h3(pipe, len(mask), **arguments)
+        assert masks(get_stats(pipe)["transformer"]) == {"branch0": mask}
+        check_calls("minimax-h3", build("minimax-h3", **H3), made, mask)
+
+
+def test_references_that_are_clean_in_every_step_do_not_hide_where_a_run_stands() -> None:
+    """Where timesteps rise, a reference's is larger than any; here nothing else tells steps."""
+    model, steps = build("minimax-h3"), calls("minimax-h3", len(MASK))
+    for inputs in steps:
+        inputs["timestep"] = torch.cat([inputs["timestep"], torch.ones(1)])
+        inputs["timestep_indices"] = torch.zeros_like(inputs["timestep_indices"])
+        inputs["timestep_indices"][-4:] = 1
+    made = record(model)
+    apply_dicache(model, replace(RULES, num_inference_steps=len(MASK)))
+    for _ in range(2):
+        made.clear()
+        for inputs in steps:
+            model(**inputs)
+        assert masks(get_stats(model)) == {"branch0": MASK}
+        check_calls("minimax-h3", build("minimax-h3"), made, MASK)
 
 
 # Every disturbance leaves the transformer with a history that the next run must not see.

@@ -20,7 +20,13 @@ LETTERS = {"compute": "C", "resume": "c", "reuse": "R"}
 NUM_STEPS, BATCH = 12, 3
 # A threshold for each family's tiny model at which samples disagree.
 THRESHOLDS = dict.fromkeys(FAMILIES, 0.05)
-THRESHOLDS |= {"flux2": 0.025, "hunyuan-video-1.5": 0.03, "mochi": 0.15, "z-image": 0.1}
+THRESHOLDS |= {
+    "flux2": 0.025,
+    "hunyuan-video-1.5": 0.03,
+    "mochi": 0.15,
+    "z-image": 0.1,
+    "motif-video": 0.02,
+}
 
 
 def config(family: str, **changes: Any) -> DiCacheConfig:

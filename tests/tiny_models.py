@@ -370,6 +370,22 @@ def _packed_inputs(batch: int, size: int, generator: torch.Generator) -> dict[st
     }
 
 
+def _hunyuan_dit_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        **_text_inputs(batch, size, generator),
+        "text_embedding_mask": torch.ones(batch, TEXT_TOKENS),
+        "encoder_hidden_states_t5": _text(batch, generator),
+        "text_embedding_mask_t5": torch.ones(batch, TEXT_TOKENS),
+    }
+
+
+def _flux3_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+    ids = {"img_ids": _grid(size, 4), "txt_ids": torch.zeros(TEXT_TOKENS, 4)}
+    reference = torch.randn(batch, 4, 16, generator=generator)
+    cond = {"image_cond_hidden_states": reference, "image_cond_ids": _grid(2, 4)}
+    return {**_text_inputs(batch, size, generator), **ids, **cond}
+
+
 def _z_image_inputs(batch: int, size: int, generator: torch.Generator) -> dict[str, Any]:
     return {"cap_feats": [*_text(batch, generator)]}
 
@@ -940,6 +956,61 @@ FAMILIES: dict[str, TinyFamily] = {
         timesteps=(0.0, 0.9),
         other_latents={"audio_hidden_states": _audio(6)},
         shares_timestep=True,
+    ),
+    "hunyuan-dit": TinyFamily(
+        "HunyuanDiT2DModel",
+        {
+            **_HEADS,
+            "in_channels": 4,
+            "patch_size": 2,
+            "sample_size": 8,
+            "hidden_size": 24,
+            "num_layers": 4,
+            "learn_sigma": False,
+            "cross_attention_dim": TEXT_WIDTH,
+            "cross_attention_dim_t5": TEXT_WIDTH,
+            "pooled_projection_dim": 16,
+            "text_len": TEXT_TOKENS,
+            "text_len_t5": TEXT_TOKENS,
+            "use_style_cond_and_image_meta_size": False,
+        },
+        _picture(4),
+        _hunyuan_dit_inputs,
+        stacks=("blocks",),
+    ),
+    "motif-video": TinyFamily(
+        "MotifVideoTransformer3DModel",
+        {
+            **_JOINT,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_decoder_layers": 1,
+            "mlp_ratio": 2.0,
+            "text_embed_dim": TEXT_WIDTH,
+            "rope_axes_dim": (4, 4, 4),
+        },
+        _video(4),
+        _text_inputs,
+        stacks=_TWO_STACKS,
+    ),
+    "flux3": TinyFamily(
+        "Flux3Transformer2DModel",
+        {
+            **_HEADS,
+            "attention_head_dim": 16,
+            "num_layers": 1,
+            "num_single_layers": 4,
+            "in_channels": 16,
+            "cond_in_channels": 16,
+            "joint_attention_dim": TEXT_WIDTH,
+            "timestep_channels": 16,
+            "axes_dims_rope": (4, 4, 4, 4),
+        },
+        _packed(16),
+        _flux3_inputs,
+        stacks=("single_transformer_blocks",),
+        image_output=1,
+        timesteps=_UNIT,
     ),
 }
 

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -17,11 +18,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from tiny_models import TEXT_TOKENS, TEXT_WIDTH, build
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from tiny_models import FAMILIES, TEXT_TOKENS, TEXT_WIDTH, build, output_of
 from torch import Tensor, nn
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
@@ -85,8 +89,10 @@ def run(name: str, pipe: Any, num_steps: int = 6, seed: int = 0, **changes: Any)
         "return_dict": False,
         **changes,
     }
-    made = pipe(**arguments)[0]
-    return made[-1] if isinstance(made, list) else made  # Framepack tells of every section
+    made = pipe(**arguments)
+    if FAMILIES[row.family].other_latents:  # video, and audio
+        return torch.cat([each.flatten() for each in made])
+    return made[0][-1] if isinstance(made[0], list) else made[0]  # Framepack tells every section
 
 
 _PROMPTS = ("encoder_hidden_states", "cap_feats")
@@ -102,8 +108,7 @@ def record(transformer: nn.Module) -> list[Call]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         # Pipelines change a dictionary of theirs between the branches, and latents in place.
         given = {name: _copied(value) for name, value in given.items()}
-        made = output[0]
-        calls.append(Call(given, torch.stack(made) if isinstance(made, list) else made))
+        calls.append(Call(given, output_of(module, output)))
 
     transformer.register_forward_hook(note, with_kwargs=True)
     return calls
@@ -114,11 +119,16 @@ def _copied(value: Any) -> Any:
 
 
 def by_branch(calls: list[Call]) -> list[list[Call]]:
-    """The calls of every branch, told apart by the values of their text embedding."""
-    branches: dict[float, list[Call]] = {}
+    """The calls of every branch, told apart by the values of their text embedding.
+
+    LTX-2 has one more with a known text, which keeps video and audio apart.
+    """
+    branches: dict[tuple[float, bool], list[Call]] = {}
     for call in calls:
         prompts = next(call.inputs[name] for name in _PROMPTS if name in call.inputs)
-        branches.setdefault(float(sum(each.sum() for each in prompts)), []).append(call)
+        is_apart = bool(call.inputs.get("isolate_modalities"))
+        key = float(sum(each.sum() for each in prompts)), is_apart
+        branches.setdefault(key, []).append(call)
     return list(branches.values())
 
 
@@ -299,6 +309,43 @@ def _kandinsky() -> dict[str, Any]:
     return given
 
 
+def _ltx2(**arguments: Any) -> dict[str, Any]:
+    """As it is made by default, with two more branches beside those of guidance."""
+    given = {**_guided_with_masks(), **_video(frames=17, side=256), **arguments}
+    return {"spatio_temporal_guidance_blocks": [2], **given}
+
+
+def _ltx2_parts() -> dict[str, Any]:
+    sides = ("video", "audio")
+    options: dict[str, Any] = {"caption_channels": TEXT_WIDTH, "text_proj_in_factor": 1}
+    for side in sides:
+        options |= {
+            f"{side}_connector_num_attention_heads": 1,
+            f"{side}_connector_attention_head_dim": TEXT_WIDTH,
+            f"{side}_connector_num_layers": 1,
+            f"{side}_connector_num_learnable_registers": None,
+        }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLLTX2Video(
+            latent_channels=8,
+            block_out_channels=(4, 4, 4, 4),
+            decoder_block_out_channels=(4, 4, 4),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1),
+        )
+        audio_vae = AutoencoderKLLTX2Audio(
+            base_channels=6, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=12
+        )
+        connectors = LTX2TextConnectors(**options)
+    return {"vae": vae.eval(), "audio_vae": audio_vae.eval(), "connectors": connectors.eval()}
+
+
+def _kandinsky6() -> dict[str, Any]:
+    pooled = {"pooled_prompt_embeds": _pooled(0), "negative_pooled_prompt_embeds": _pooled(1)}
+    return {**_guided(), **pooled, **_video()}
+
+
 class _SafetyChecker(nn.Module):
     """Stands for Cosmos's, which takes a package of its own."""
 
@@ -309,6 +356,14 @@ class _SafetyChecker(nn.Module):
 
 
 _BOTH, _BRANCHES = ("cond", "uncond"), ("branch0", "branch1")
+
+
+class _Sound(nn.Module):
+    """Stands for Kandinsky 6's models of sound, which hear nothing before the end."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+    config, latent_hop_length = SimpleNamespace(sample_rate=44100), 1024
+
 
 PIPELINES: dict[str, TinyPipeline] = {
     "flux": TinyPipeline("FluxPipeline", "flux", _flux),
@@ -433,5 +488,36 @@ PIPELINES: dict[str, TinyPipeline] = {
         _picture,
         parts=lambda: {"safety_checker": _SafetyChecker()},
         branches=_BRANCHES,
+    ),
+    "ltx2": TinyPipeline(
+        "LTX2Pipeline",
+        "ltx2",
+        _ltx2,
+        {"perturbed_attn": True, "cross_attn_mod": True, "audio_cross_attn_mod": True},
+        _ltx2_parts,
+        branches=("cond_uncond", "uncond_stg", "uncond_modality"),
+    ),
+    "ltx2-i2v": TinyPipeline(
+        "LTX2ImageToVideoPipeline",
+        "ltx2",
+        lambda: _ltx2(
+            image=_normal(1, 3, 8, 8),
+            latents=_normal(1, 8, 2, 4, 4),
+            image_crf=0,
+            stg_scale=0,
+            audio_stg_scale=0,
+            modality_scale=1,
+            audio_modality_scale=1,
+        ),
+        parts=_ltx2_parts,
+        branches=("cond_uncond",),
+    ),
+    "kandinsky6": TinyPipeline(
+        "Kandinsky6TI2VAPipeline",
+        "kandinsky6",
+        _kandinsky6,
+        {"visual_cond": True},
+        lambda: {"audio_vae": _Sound(), "vocoder": _Sound()},
+        branches=_BOTH,
     ),
 }

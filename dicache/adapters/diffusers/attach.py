@@ -16,6 +16,7 @@ from ...error_rules import ERROR_RULES
 from .components import class_names, components_of, is_pipeline
 from .other_caches import begin_refusing, refuse_others_before, stop_refusing
 from .site import Site, find_feature, find_site
+from .unsupported import refuse_unsupported
 
 _CACHE = "cache"
 
@@ -99,6 +100,8 @@ def _transformers(model: Any) -> list[tuple[nn.Module, ModelFamily]]:
         if family is not None:
             found.append((part, family))
     if not found:
+        for part in components_of(model).values():
+            refuse_unsupported(part)
         known = ", ".join(family.model_class for family in supported_families())
         raise ValueError(
             f"DiCache does not support {type(model).__name__} ({class_names(model)}). Supported "

@@ -60,6 +60,7 @@ class DiffusersLocator:
     ) -> None:
         self.context = ContextReader()
         self.schedule: Schedule | None = None
+        self._ascends = family.ascending_timesteps
         self._own_timesteps = family.ascending_timesteps or family.own_timesteps
         self._unless_noisy = None if family.tokens_tell_noise else False
         self._timestep = _known(family.timestep, parameters)
@@ -85,6 +86,8 @@ class DiffusersLocator:
             layout: Shape [B, S, D] of its tokens, for those who know it.
         """
         given = None if self._timestep is None else arguments.get(self._timestep)
+        if self._ascends and isinstance(given, Tensor) and given.numel() > 1:
+            given = given.min()  # conditioned frames are clean: they have the last one
         context: Any = self.context._context
         place = NOWHERE if self.schedule is None else self.schedule.read(given)
         timestep = as_number(given) if place.check is None else place.timestep

@@ -404,5 +404,35 @@ for _family in (
         module="diffusers",
         **_HUNYUAN_VIDEO,
     ),
+    ModelFamily(
+        "hunyuan-dit",  # later blocks also read what earlier ones made
+        "HunyuanDiT2DModel",
+        (BlockStack("blocks", per_sample=(*PER_SAMPLE, "skip")),),
+        module="diffusers",
+        **_FLUX,
+    ),
+    ModelFamily(
+        "motif-video",  # its last blocks begin with x again, and read the others' tokens as a text
+        "MotifVideoTransformer3DModel",
+        (
+            BlockStack("transformer_blocks", _TEXT_LAST),
+            BlockStack("single_transformer_blocks", _TEXT_LAST),
+        ),
+        module="diffusers",
+        **_HUNYUAN_VIDEO,
+    ),
+    ModelFamily(
+        "flux3",  # blocks of text alone and picture alone run in every step
+        "Flux3Transformer2DModel",
+        (
+            BlockStack(
+                "single_transformer_blocks",
+                _TEXT_FIRST,
+                per_sample=(*PER_SAMPLE, "temb_mod_context"),
+            ),
+        ),
+        module="diffusers",
+        **_FLUX,
+    ),
 ):
     register_family(_family)
