@@ -167,6 +167,26 @@ def test_what_is_added_behind_the_probe_is_named_in_the_row(family):
     assert family.timestep in arguments and family.text in arguments
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spatio_temporal_guidance_blocks": [2]},
+        {"spatio_temporal_guidance_blocks": [2], "perturbation_mask": torch.tensor([0.0, 1.0])},
+        {"isolate_modalities": True},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_what_ltx_2_changes_behind_the_probe_begins_the_trajectory_anew(change):
+    model, steps = build("ltx2", perturbed_attn=True), calls("ltx2", 9)
+    rules = {**NEVER, "threshold": float("inf"), "num_inference_steps": 9}
+    if "perturbation_mask" in change:
+        steps = [{**inputs, "spatio_temporal_guidance_blocks": [2]} for inputs in steps]
+    apply_dicache(model, DiCacheConfig(**rules))
+    for inputs in (*steps[:5], *({**inputs, **change} for inputs in steps[5:])):
+        model(**inputs)
+    assert masks(model, resumed="C") == {"branch0": "CRRRRCCRR"}
+
+
 def describe(model: nn.Module) -> dict[str, Any]:
     """The module tree as a user can see it: modules, hooks of any kind, and which code runs."""
     return {
