@@ -19,7 +19,7 @@ from dicache import reference
 _SLAB = 2**22  # elements of a sample that the reference takes at once
 # Tensors of the hidden states' shape: rounded once by every backend, so equal bit by bit where they
 # follow from the same numbers. y of a whole step is not one of them: its gamma is a sum's.
-_STORED = ("x", "p", "out", "p_prev", "probe_window", "residual_window")
+_STORED = ("x", "p", "out", "p_prev", "probe_window", "residual_window", "oldest")
 
 
 def check_case(case: Case, device: torch.device, seed: int = 1) -> list[dict[str, Tensor]]:
@@ -115,6 +115,25 @@ class ReferenceInSlabs:
                 x[:, slab], residual_window[:, :, slab], newest, gamma
             )
         return y
+
+    def extrapolate_residuals(
+        self,
+        x: Tensor,
+        p: Tensor,
+        residual_window: Tensor,
+        oldest: Tensor,
+        probe_window: Tensor,
+        newest: Tensor,
+        weights: Tensor,
+        out: Tensor,
+    ) -> Tensor:
+        """y."""
+        for slab in self._slabs:
+            windows = (residual_window[:, :, slab], oldest[:, slab], probe_window[:, :, slab])
+            out[:, slab] = reference.extrapolate_residuals(
+                x[:, slab], p[:, slab], *windows, newest, weights
+            )
+        return out
 
     def record_residuals(
         self,

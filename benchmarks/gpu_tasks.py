@@ -157,7 +157,7 @@ def count_bytes(names: list[str]) -> None:
         raise SystemExit(SKIP_CODE)
     command = ["ncu", "--csv", "--print-units", "base", "--clock-control", "none"]
     # The names of the operators' kernels, in csrc/cuda and in kernels/triton.
-    command += ["--kernel-name", "regex:probe|alignment|combine|record"]
+    command += ["--kernel-name", "regex:probe|alignment|combine|extrapolate|record"]
     command += ["--metrics", ",".join(COUNTERS), sys.executable, __file__, "traffic", *present]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-20000:], done.stderr[-5000:])

@@ -125,6 +125,11 @@ def _combine_residuals(
     return (backend.combine_residuals(x, residual_window, newest, gamma, out=out),)
 
 
+def _extrapolate_residuals(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    *tensors, out = tensors
+    return (backend.extrapolate_residuals(*tensors, out=out),)
+
+
 def _record_residuals(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     *tensors, workspace = tensors
     backend.record_residuals(*tensors, first=False, workspace=workspace)
@@ -228,6 +233,12 @@ _OPERATIONS = (
     _operator("probe_statistics", f"x p p_prev {_WINDOW}", "sums result", _probe_statistics),
     _operator("alignment_statistics", f"x p {_WINDOW}", "sums result", _alignment_statistics),
     _operator("combine_residuals", "x residual_window newest gamma out", "out", _combine_residuals),
+    _operator(
+        "extrapolate_residuals",
+        "x p residual_window oldest probe_window newest weights out",
+        "out",
+        _extrapolate_residuals,
+    ),
     _operator(
         "record_residuals",
         "x p y residual_window probe_window newest entry_sums workspace",
@@ -370,10 +381,12 @@ def make_named_tensors(
         "p_prev": lambda: spread(p + 0.1 * noise()),
         "probe_window": lambda: spread(0.4 * noise(), 0.45 * noise()),
         "residual_window": lambda: spread(0.8 * noise(), 0.9 * noise()),
+        "oldest": lambda: spread(0.7 * noise()),
         "text": lambda: _repeat(noise(), (batch, size.text_tokens, width), dtype, device),
         # NaN: what is not written is found.
         "out": lambda: torch.full(size.shape, math.nan, dtype=dtype, device=device),
         "gamma": lambda: torch.full((batch,), 1.1, device=device),
+        "weights": lambda: torch.tensor([0.3, -0.2, 0.6], device=device).expand(batch, 3),
         "newest": lambda: torch.ones(batch, dtype=torch.int32, device=device),
         "probe_sums": lambda: torch.rand(batch, 5, generator=generator).to(device) + 0.5,
         "alignment_sums": lambda: _alignment_sums(batch, generator).to(device),

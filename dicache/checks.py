@@ -69,11 +69,31 @@ def check_combine(
     _check_window("residual_window", residual_window, x)
     _check_per_sample(x, newest, active)
     _expect_shape("gamma", gamma, x.shape[:1], "[B], one weight a sample")
-    if torch.float64 in (x.dtype, residual_window.dtype):
-        _expect_dtype("gamma", gamma, (torch.float32, torch.float64), "float32 or float64")
-    else:
-        _expect_dtype("gamma", gamma, (torch.float32,), "float32 (float64 only for float64 data)")
-    _expect_device("gamma", gamma, x)
+    _check_weights("gamma", gamma, x, residual_window)
+    if out is not None:
+        _check_like("out", out, x, residual_window.dtype, "residual_window's")
+
+
+def check_extrapolate(
+    x: Tensor,
+    p: Tensor,
+    residual_window: Tensor,
+    oldest: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    weights: Tensor,
+    active: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    """Arguments of `extrapolate_residuals`."""
+    _check_tokens(x)
+    _check_like("p", p, x)
+    _check_window("residual_window", residual_window, x)
+    _check_like("oldest", oldest, x, residual_window.dtype, "residual_window's")
+    _check_window("probe_window", probe_window, x, p.dtype, "p's")
+    _check_per_sample(x, newest, active)
+    _expect_shape("weights", weights, (x.shape[0], 3), "[B, 3], a row (w1, w2, w3) a sample")
+    _check_weights("weights", weights, x, p, residual_window)
     if out is not None:
         _check_like("out", out, x, residual_window.dtype, "residual_window's")
 
@@ -191,6 +211,14 @@ def _check_per_sample(x: Tensor, newest: Tensor, active: Tensor | None) -> None:
         _expect_shape("active", active, x.shape[:1], "[B]")
         _expect_dtype("active", active, (torch.uint8,), "uint8")
         _expect_device("active", active, x)
+
+
+def _check_weights(name: str, weights: Tensor, x: Tensor, *others: Tensor) -> None:
+    if torch.float64 in (x.dtype, *(tensor.dtype for tensor in others)):
+        _expect_dtype(name, weights, (torch.float32, torch.float64), "float32 or float64")
+    else:
+        _expect_dtype(name, weights, (torch.float32,), "float32 (float64 only for float64 data)")
+    _expect_device(name, weights, x)
 
 
 def _check_entry_sums(entry_sums: Tensor, x: Tensor) -> None:

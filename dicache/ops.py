@@ -12,8 +12,9 @@ arguments and exact rules are those of `dicache.reference`, which also is the bo
 no faster one does. The dispatcher takes the body by device: C++ on the CPU (`cpp`), CUDA C++ on
 NVIDIA (`cuda`), else Triton (`triton`), else the reference.
 
-Every backend gives bitwise equal results from run to run on one machine; `combine_residuals` and
-the windows of `record_residuals` are bitwise equal between backends too. Sums are added in another
+Every backend gives bitwise equal results from run to run on one machine; `combine_residuals`,
+`extrapolate_residuals` and the windows of `record_residuals` are bitwise equal between backends
+too. Sums are added in another
 order by each, so they agree to rounding. Schemas are defined here, once; csrc/ and kernels/
 implement them. Bad arguments raise `ValueError` (`RuntimeError` in the compiled bodies). No
 operator takes part in autograd.
@@ -40,6 +41,7 @@ __all__ = [
     "alignment_statistics",
     "backend_status",
     "combine_residuals",
+    "extrapolate_residuals",
     "finish_alignment_statistics",
     "finish_probe_statistics",
     "make_workspace",
@@ -63,6 +65,10 @@ SCHEMAS = (
     "Tensor? active=None) -> Tensor",
     "combine_residuals_out(Tensor x, Tensor residual_window, Tensor newest, Tensor gamma, "
     "Tensor? active, Tensor(a!) out) -> ()",
+    "extrapolate_residuals(Tensor x, Tensor p, Tensor residual_window, Tensor oldest, "
+    "Tensor probe_window, Tensor newest, Tensor weights, Tensor? active=None) -> Tensor",
+    "extrapolate_residuals_out(Tensor x, Tensor p, Tensor residual_window, Tensor oldest, "
+    "Tensor probe_window, Tensor newest, Tensor weights, Tensor? active, Tensor(a!) out) -> ()",
     "record_residuals(Tensor x, Tensor p, Tensor y, Tensor(a!) residual_window, "
     "Tensor(b!) probe_window, Tensor(c!) newest, Tensor(d!) entry_sums, bool first, "
     "Tensor? active=None, Tensor(e!)? workspace=None) -> ()",
@@ -75,6 +81,7 @@ MEMORY_PASSES = {
     "probe_statistics": (4, 1),
     "alignment_statistics": (4, 0),
     "combine_residuals": (3, 1),
+    "extrapolate_residuals": (6, 1),
     "record_residuals": (4, 2),
 }
 
@@ -181,6 +188,33 @@ def combine_residuals(
     if out is None:
         return _combine_residuals(x, residual_window, newest, gamma, active)
     _combine_residuals_out(x, residual_window, newest, gamma, active, out)
+    return out
+
+
+def extrapolate_residuals(
+    x: Tensor,
+    p: Tensor,
+    residual_window: Tensor,
+    oldest: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    weights: Tensor,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y = x + r_a + w1 (r_a - r_b) + w2 (r_b - r_c) + w3 (q - q_a), in the residuals' dtype.
+
+    r_a, r_b, r_c are the residuals of the three last computed steps, the newest first: the two
+    entries of `residual_window` and `oldest`. q_a is the newer entry of `probe_window`. The weights
+    [B, 3] stay on the device.
+
+    Memory passes: reads x, p, r_a, r_b, r_c, q_a and writes y, 7. `out` may be x itself. Arguments
+    and errors: `dicache.reference.extrapolate_residuals`.
+    """
+    given = (x, p, residual_window, oldest, probe_window, newest, weights, active)
+    if out is None:
+        return _extrapolate_residuals(*given)
+    _extrapolate_residuals_out(*given, out)
     return out
 
 
@@ -320,20 +354,14 @@ def _register_python_bodies() -> None:
 
 
 def _body(module: ModuleType, name: str) -> Callable[..., Any]:
-    if name != "combine_residuals_out":
+    if not name.endswith("_out"):
         return getattr(module, name)
+    write = getattr(module, name.removesuffix("_out"))
 
-    def combine_residuals_out(
-        x: Tensor,
-        residual_window: Tensor,
-        newest: Tensor,
-        gamma: Tensor,
-        active: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        module.combine_residuals(x, residual_window, newest, gamma, active, out)
+    def write_out(*args: Any, **kwargs: Any) -> None:  # an operator may not return its argument
+        write(*args, **kwargs)
 
-    return combine_residuals_out
+    return write_out
 
 
 def _triton_body(name: str) -> Callable[..., Any]:
@@ -406,20 +434,27 @@ def _fake_combine_residuals(
     newest: Tensor,
     gamma: Tensor,
     active: Tensor | None = None,
-) -> Tensor:
-    checks.check_combine(x, residual_window, newest, gamma, active, None)
-    return x.new_empty(x.shape, dtype=residual_window.dtype)
-
-
-def _fake_combine_residuals_out(
-    x: Tensor,
-    residual_window: Tensor,
-    newest: Tensor,
-    gamma: Tensor,
-    active: Tensor | None,
-    out: Tensor,
-) -> None:
+    out: Tensor | None = None,
+) -> Tensor | None:
     checks.check_combine(x, residual_window, newest, gamma, active, out)
+    return x.new_empty(x.shape, dtype=residual_window.dtype) if out is None else None
+
+
+def _fake_extrapolate_residuals(
+    x: Tensor,
+    p: Tensor,
+    residual_window: Tensor,
+    oldest: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    weights: Tensor,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | None:
+    checks.check_extrapolate(
+        x, p, residual_window, oldest, probe_window, newest, weights, active, out
+    )
+    return x.new_empty(x.shape, dtype=residual_window.dtype) if out is None else None
 
 
 def _fake_record_residuals(
@@ -438,7 +473,7 @@ def _fake_record_residuals(
     checks.check_workspace(x, workspace)
 
 
-_FAKES = {name: globals()[f"_fake_{name}"] for name in OPERATORS}
+_FAKES = {name: globals()[f"_fake_{name.removesuffix('_out')}"] for name in OPERATORS}
 _LIBRARY = torch.library.Library("dicache", "DEF")
 for _schema in SCHEMAS:
     _LIBRARY.define(_schema)
@@ -451,4 +486,6 @@ _finish_probe_statistics = torch.ops.dicache.finish_probe_statistics.default
 _finish_alignment_statistics = torch.ops.dicache.finish_alignment_statistics.default
 _combine_residuals = torch.ops.dicache.combine_residuals.default
 _combine_residuals_out = torch.ops.dicache.combine_residuals_out.default
+_extrapolate_residuals = torch.ops.dicache.extrapolate_residuals.default
+_extrapolate_residuals_out = torch.ops.dicache.extrapolate_residuals_out.default
 _record_residuals = torch.ops.dicache.record_residuals.default

@@ -202,14 +202,59 @@ def combine_residuals(
     wide = wide_dtype(x, residual_window)
     old = _entry(residual_window, newest, old=True).to(wide)
     new = _entry(residual_window, newest, old=False).to(wide)
-    gamma = gamma.to(wide).view(-1, *[1] * (x.ndim - 1))
-    y = (x.to(wide) + old + gamma * (new - old)).to(residual_window.dtype)
-    if out is None:  # contiguous, whatever x is
-        out = (torch.empty if active is None else torch.zeros)(
-            x.shape, dtype=y.dtype, device=x.device
-        )
-    _store(out, y, active)
-    return out
+    y = x.to(wide) + old + _rows(gamma.to(wide), x) * (new - old)
+    return _output(y.to(residual_window.dtype), active, out)
+
+
+@torch.no_grad()
+def extrapolate_residuals(
+    x: Tensor,
+    p: Tensor,
+    residual_window: Tensor,
+    oldest: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    weights: Tensor,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""y = x + r_a + w1 (r_a - r_b) + w2 (r_b - r_c) + w3 (q - q_a), in the residuals' dtype.
+
+    a, b and c are the three last computed steps, the newest first. Terms are added from left to
+    right. Every term is computed whatever its weight is, so that what is not finite reaches y even
+    if its weight is zero (0 * inf is NaN).
+
+    Args:
+        x: [B, ...] tokens before block 0.
+        p: [B, ...] tokens after the probe; q = p - x.
+        residual_window: [2, B, ...] residuals r_a (the newer entry) and r_b.
+        oldest: [B, ...] residuals r_c, in the window's dtype.
+        probe_window: [2, B, ...] in p's dtype; its newer entry is q_a, and the other is not read.
+        newest: int32 [B], for both windows.
+        weights: fp32 [B, 3] (fp64 too for fp64 data), (w1, w2, w3) of each sample, read on the
+            device. May be expanded from one row.
+        active: uint8 [B] or `None`. Inactive rows of `out` stay as they are (without `out` they
+            are zero).
+        out: Where to write, [B, ...] in the window's dtype; may be `x`. `None` allocates.
+
+    Returns:
+        y [B, ...].
+
+    Raises:
+        ValueError: A shape, dtype or device is not as above.
+    """
+    checks.check_extrapolate(
+        x, p, residual_window, oldest, probe_window, newest, weights, active, out
+    )
+    wide = wide_dtype(x, p, residual_window)
+    r_a = _entry(residual_window, newest, old=False).to(wide)
+    r_b = _entry(residual_window, newest, old=True).to(wide)
+    r_c = oldest.to(wide)
+    q_a = _entry(probe_window, newest, old=False).to(wide)
+    w1, w2, w3 = (_rows(column, x) for column in weights.to(wide).unbind(dim=1))
+    q = p.to(wide) - x.to(wide)
+    y = x.to(wide) + r_a + w1 * (r_a - r_b) + w2 * (r_b - r_c) + w3 * (q - q_a)
+    return _output(y.to(residual_window.dtype), active, out)
 
 
 @torch.no_grad()
@@ -277,8 +322,8 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).flatten(1).sum(dim=1)  # [B]
 
 
-def _rows(flags: Tensor, like: Tensor) -> Tensor:
-    return flags.view(-1, *[1] * (like.ndim - 1))  # [B] -> [B, 1, ...]
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))  # [B] -> [B, 1, ...]
 
 
 def _entry(window: Tensor, newest: Tensor, old: bool) -> Tensor:
@@ -295,6 +340,15 @@ def _gamma(top: Tensor, bottom: Tensor, residual: Tensor, low: float, high: floa
 
 def _only(sums: Tensor, active: Tensor | None) -> Tensor:
     return sums if active is None else torch.where(_rows(active.bool(), sums), sums, 0.0)
+
+
+def _output(y: Tensor, active: Tensor | None, out: Tensor | None) -> Tensor:
+    if out is None:  # contiguous, whatever x is
+        out = (torch.empty if active is None else torch.zeros)(
+            y.shape, dtype=y.dtype, device=y.device
+        )
+    _store(out, y, active)
+    return out
 
 
 def _store(buffer: Tensor, value: Tensor, chosen: Tensor | None) -> None:

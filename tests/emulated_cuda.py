@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -47,12 +50,22 @@ def load() -> SimpleNamespace:
         _LIBRARIES.append(library)
         torch.ops.load_library(path)
     namespace = torch.ops.dicache_emulated
+    functions = {name: getattr(namespace, name) for name in ops.OPERATORS}
+    for name in ("combine_residuals", "extrapolate_residuals"):
+        functions[name] = _with_out(functions[name], functions[f"{name}_out"], getattr(ops, name))
+    return SimpleNamespace(**functions)
 
-    def combine_residuals(x, window, newest, gamma, active=None, out=None):
+
+def _with_out(make: Callable, write: Callable, like: Callable) -> Callable:
+    """Two operators as one function with an `out`, like the one of `dicache.ops`."""
+
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        bound = inspect.signature(like).bind(*args, **kwargs)
+        bound.apply_defaults()
+        *given, out = bound.args
         if out is None:
-            return namespace.combine_residuals(x, window, newest, gamma, active)
-        namespace.combine_residuals_out(x, window, newest, gamma, active, out)
+            return make(*given)
+        write(*given, out)
         return out
 
-    functions = {name: getattr(namespace, name) for name in ops.OPERATORS}
-    return SimpleNamespace(**{**functions, "combine_residuals": combine_residuals})
+    return call

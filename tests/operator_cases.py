@@ -81,6 +81,12 @@ class Case:
         drawn = torch.randint(0, 2, (self.batch,), generator=self.generator("newest"))
         return drawn.to(torch.int32).to(self.device)
 
+    def weights(self, one: bool, wide: bool) -> Tensor:
+        """[B, 3] inside rows of five, or one row for all samples."""
+        drawn = torch.randn(self.batch, 5, generator=self.generator("weights"))
+        drawn = drawn.to(torch.float64 if wide else torch.float32).to(self.device)[:, 1:4]
+        return drawn[:1].expand(self.batch, 3) if one else drawn
+
     def entry_sums(self, wide: bool = False) -> Tensor:
         sums = torch.rand(self.batch, 4, generator=self.generator("entry_sums")) * self.size + 0.5
         return sums.to(torch.float64 if wide else torch.float32).to(self.device)
@@ -122,7 +128,7 @@ def cases(draw: st.DrawFn, max_size: int = 20_000) -> Case:
         gap=st.sampled_from([0, 0, 5, 8]),
         shared=st.booleans() if draw(st.booleans()) else st.just(False),
     )
-    names = ("x", "p", "y", "p_prev", "x_prev", "probe_window", "residual_window", "out")
+    names = ("x", "p", "y", "p_prev", "x_prev", "probe_window", "residual_window", "oldest", "out")
     flags = st.one_of(st.none(), st.tuples(*[st.integers(0, 1)] * batch))
     return Case(
         batch=batch,

@@ -70,7 +70,8 @@ def test_build_facts_and_launch_plans():
     plan = launch_plan("alignment_statistics", 1, 4096 * 3072, 132)
     assert plan["launches"] == 1
     assert plan["blocks"] == 4 * 132  # as many as are resident: 4 a multiprocessor
-    assert launch_plan("combine_residuals", 2, 2048 + 1, 132)["blocks"] == 2 * 2
+    for name in ("combine_residuals", "extrapolate_residuals"):
+        assert launch_plan(name, 2, 2048 + 1, 132)["blocks"] == 2 * 2
     with pytest.raises(ValueError, match="combine_residuals"):
         launch_plan("combine", 1, 1, 1)
 

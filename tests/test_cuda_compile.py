@@ -19,8 +19,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "90", "100")
 # Tensors that each kernel reads, and how many vectors of each are on their way at once (16 bits).
-READS = {"alignment": 4, "combine": 3, "probe": 4, "record": 3}
+READS = {"alignment": 4, "combine": 3, "extrapolate": 6, "probe": 4, "record": 3}
 REDUCTIONS = ("alignment", "probe", "record")
+# Numbers of a sample that a step reads beside its vectors: `newest`, and the weights, which fp64
+# kernels read by one load if they are fp32 and by another if they are fp64.
+NUMBERS = {"combine": 1 + 2, "extrapolate": 1 + 2 * 3}
 
 
 def disassembler() -> str | None:
@@ -130,9 +133,8 @@ def test_main_loops_load_sixteen_bytes(name: str) -> None:
         loads = [text for text in smallest if re.search(r"\bLDG\.", text)]
         narrow = [text for text in loads if "LDG.E.128" not in text]
         assert len(loads) - len(narrow) >= READS[name]
-        # combine reads newest and gamma behind its vectors; an fp64 gamma is a third load.
         steps = (len(loads) - len(narrow)) // READS[name]
-        assert len(narrow) <= (3 * steps if name == "combine" else 0), (kernel.name, loads)
+        assert len(narrow) <= NUMBERS.get(name, 0) * steps, (kernel.name, loads)
         assert not any("U16" in text for text in narrow), (kernel.name, loads)
         stores = [text for text in smallest if re.search(r"\bSTG\.", text)]
         assert all("STG.E.128" in text for text in stores), (kernel.name, stores)
@@ -163,26 +165,50 @@ def test_a_launch_that_adds_up_takes_one_ticket_with_acquire_and_release(name: s
         assert kernel.count(r"\b(RED|ATOM)") == 1, kernel.name
 
 
+def main_loop(kernel: Kernel) -> tuple[list[str], list[int]]:
+    """The loop that loads vectors, and where in it they are asked for."""
+    (loop,) = [loop for loop in kernel.loops() if any("LDG.E.128" in text for text in loop)]
+    return loop, [index for index, text in enumerate(loop) if "LDG.E.128" in text]
+
+
+def first_wait(loop: list[str], loads: str) -> int:
+    """Where a loop first touches a register that such a load writes: it waits for it there."""
+    pending: set[int] = set()
+    for index, text in enumerate(loop):
+        operation, _, operands = re.sub(r"^@\S+ ", "", text).partition(" ")
+        registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+        if pending.intersection(registers):
+            return index
+        if re.match(loads, operation):
+            width = 4 if ".128" in operation else 2 if ".64" in operation else 1
+            pending.update(range(registers[0], registers[0] + width))
+    return len(loop)
+
+
 def test_combine_asks_for_its_vectors_before_it_waits_for_anything() -> None:
     """A block lives for one vector a thread: waiting for gamma or newest first would double it."""
     kernels, _ = compiled("combine")
     for kernel in [k for k in kernels if "4SameI13__nv_bfloat16" in k.name]:
-        (loop,) = [loop for loop in kernel.loops() if any("LDG.E.128" in text for text in loop)]
-        wide = [index for index, text in enumerate(loop) if "LDG.E.128" in text]
-        assert len(wide) == READS["combine"]
-        loaded = set()
-        for text in loop[: wide[-1]]:
-            operation, _, operands = text.partition(" ")
-            registers = re.findall(r"\bR\d+\b", operands)
-            uses = set(registers[1:]) if re.match(r"(@\S+ )?LDG", text) else set(registers)
-            assert not loaded & uses, (kernel.name, text)
-            if found := re.search(r"LDG\S* (R\d+)", text):
-                loaded.add(found[1])
+        loop, vectors = main_loop(kernel)
+        assert len(vectors) == READS["combine"]
+        assert first_wait(loop, r"LDG") > vectors[-1], kernel.name
 
 
-def test_combine_fuses_no_multiplication_with_an_addition() -> None:
-    kernels, _ = compiled("combine")
-    checked = [kernel for kernel in kernels if "combine_kernel" in kernel.name]
+def test_extrapolate_asks_for_all_its_vectors_before_it_uses_one() -> None:
+    """The last of them may wait for `newest`, with half of them on their way."""
+    kernels, _ = compiled("extrapolate")
+    for kernel in [k for k in kernels if vectorised(k)]:
+        loop, vectors = main_loop(kernel)
+        assert len(vectors) == READS["extrapolate"]
+        assert first_wait(loop, r"LDG\.E\.128") > vectors[-1], kernel.name
+        if "4SameIdd" not in kernel.name:
+            assert first_wait(loop, r"LDG\.E(?!\.128)") > vectors[2], kernel.name
+
+
+@pytest.mark.parametrize("name", ["combine", "extrapolate"])
+def test_no_multiplication_is_fused_with_an_addition(name: str) -> None:
+    kernels, _ = compiled(name)
+    checked = [kernel for kernel in kernels if f"{name}_kernel" in kernel.name]
     assert len(checked) == 6 * len(ARCHITECTURES)
     for kernel in checked:
         assert kernel.count(r"\b(FFMA|DFMA|HFMA2)\b(?!.*RZ, RZ)") == 0, kernel.name

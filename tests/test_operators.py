@@ -206,6 +206,42 @@ def test_combine_residuals(
 
 
 @FUZZ
+@given(
+    case=cases(),
+    out=st.sampled_from(["new", "given", "x"]),
+    one=st.booleans(),
+    wide_weights=st.booleans(),
+)
+def test_extrapolate_residuals(
+    backend: Backend, case: Case, out: str, one: bool, wide_weights: bool
+) -> None:
+    case.device = backend.device
+    in_place = out == "x" and case.x_dtype == case.y_dtype
+    case.layouts["x"].shared = case.layouts["x"].shared and not in_place
+    x, p = case.tensor("x", case.x_dtype), case.tensor("p", case.p_dtype)
+    residuals = case.tensor("residual_window", case.y_dtype, entries=2)
+    oldest = case.tensor("oldest", case.y_dtype)
+    probes = case.tensor("probe_window", case.p_dtype, entries=2)
+    is_wide = torch.float64 in (case.x_dtype, case.p_dtype, case.y_dtype)
+    weights = case.weights(one, wide_weights and is_wide)
+    newest, active, given = case.newest(), case.active_flags(), None
+    if out != "new":
+        given = x if in_place else case.tensor("out", case.y_dtype, fill=False)
+    initial = None if given is None else given.cpu().clone()
+    read = (x, p, residuals, oldest, probes, newest, weights)
+    inputs = [tensor.cpu().clone() for tensor in read]
+    y = backend.ops.extrapolate_residuals(*read, active, given)
+    flags = None if active is None else active.cpu()
+    expected = reference.extrapolate_residuals(*inputs, flags, initial)
+    assert y.dtype == case.y_dtype
+    assert given is None or y is given
+    assert torch.equal(y.cpu(), expected)
+    for tensor, before in zip(read[in_place:], inputs[in_place:], strict=True):
+        assert torch.equal(tensor.cpu(), before)
+    assert case.surroundings_are_untouched()
+
+
+@FUZZ
 @given(case=cases(), first=st.booleans(), parked=st.booleans())
 def test_record_residuals(backend: Backend, case: Case, first: bool, parked: bool) -> None:
     case.device = backend.device
@@ -270,6 +306,64 @@ def test_what_is_not_finite_reaches_the_result(backend: Backend, where: str, val
         assert not result[2].isfinite().all()
 
 
+def extrapolate_arguments(device: str, batch: int = 2, size: int = 9000) -> dict[str, Tensor]:
+    """fp32; every number differs from every other."""
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
+    return {
+        "x": draw(batch, size),
+        "p": draw(batch, size),
+        "residual_window": draw(2, batch, size),
+        "oldest": draw(batch, size),
+        "probe_window": draw(2, batch, size),
+        "newest": torch.tensor([0, 1] * batch, dtype=torch.int32)[:batch].to(device),
+        "weights": draw(batch, 3),
+    }
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", [5, 8999])
+@pytest.mark.parametrize(
+    ("where", "entry", "weight"),
+    [
+        ("x", (), None),
+        ("p", (), 2),
+        ("residual_window", (1,), 0),  # r_a
+        ("residual_window", (0,), 1),  # r_b
+        ("oldest", (), 1),
+        ("probe_window", (1,), 2),  # q_a
+    ],
+)
+def test_what_is_not_finite_reaches_y_whatever_its_weight(
+    backend: Backend, where: str, entry: tuple, weight: int | None, position: int, value: float
+) -> None:
+    """In its own place alone. Sample 1's newer entries are 1."""
+    for zero in (False, True):
+        arguments = extrapolate_arguments(backend.device)
+        arguments[where][(*entry, 1, position)] = value
+        if zero and weight is not None:
+            arguments["weights"][1, weight] = 0.0
+        finite = backend.ops.extrapolate_residuals(**arguments).isfinite()
+        assert not finite[1, position]
+        assert finite.sum() == finite.numel() - 1
+
+
+def test_the_older_probe_residual_is_not_read(backend: Backend) -> None:
+    arguments = extrapolate_arguments(backend.device)
+    expected = backend.ops.extrapolate_residuals(**arguments)
+    arguments["probe_window"][1, 0] = arguments["probe_window"][0, 1] = math.nan
+    assert torch.equal(backend.ops.extrapolate_residuals(**arguments), expected)
+
+
+def test_a_weight_that_is_not_finite_reaches_all_of_its_sample(backend: Backend) -> None:
+    for column in range(3):
+        arguments = extrapolate_arguments(backend.device)
+        arguments["weights"][1, column] = math.nan
+        y = backend.ops.extrapolate_residuals(**arguments)
+        assert y[0].isfinite().all()
+        assert y[1].isnan().all()
+
+
 def statistics_arguments(device: str, batch: int, size: int) -> tuple:
     case = Case(batch, (size,), *[torch.bfloat16] * 3, {}, None, seed=2, device=device)
     x, p = case.tensor("x", torch.bfloat16), case.tensor("p", torch.bfloat16)
@@ -314,6 +408,9 @@ def test_empty_batches_and_samples(backend: Backend, batch: int, size: int) -> N
     assert_finished(result, last)
     y = backend.ops.combine_residuals(x, window, newest, torch.ones(batch, device=device))
     assert torch.equal(y, x)
+    weights = torch.ones(batch, 3, device=device)
+    y = backend.ops.extrapolate_residuals(x, x, window, x, window, newest, weights)
+    assert torch.equal(y, x - x)  # r_b - r_c = -x
     backend.ops.record_residuals(x, x, x, window, window.clone(), newest, entry_sums, True)
     assert torch.equal(newest, torch.ones_like(newest))
 
@@ -373,7 +470,63 @@ def test_rows_that_are_not_contiguous(backend: Backend, case: str) -> None:
             backend.ops.alignment_statistics(**arguments)
 
 
+WRONG_EXTRAPOLATIONS = [
+    f"{name} {how}"
+    for name in ("p", "residual_window", "oldest", "probe_window", "newest", "weights", "out")
+    for how in ("shape", "dtype", "half")
+]
+
+
+@pytest.mark.parametrize("case", WRONG_EXTRAPOLATIONS)
+def test_errors_of_extrapolate_name_the_argument(backend: Backend, case: str) -> None:
+    arguments = extrapolate_arguments(backend.device, size=8)
+    arguments["out"] = torch.zeros_like(arguments["x"])
+    name, how = case.split()
+    value = arguments[name]
+    if how == "shape":
+        arguments[name] = value[..., :-1].contiguous()
+    else:
+        arguments[name] = value.to(torch.int64 if how == "dtype" else torch.float16)
+    # What keeps the dtype of another one is judged by it.
+    named = {"p half": "probe_window", "residual_window half": "oldest|out"}.get(case, name)
+    with pytest.raises((ValueError, RuntimeError), match=rf"^({named}) has ") as error:
+        backend.ops.extrapolate_residuals(**arguments)
+    assert "Expected" in str(error.value)
+
+
+def test_fp64_weights_are_for_fp64_data(backend: Backend) -> None:
+    arguments = extrapolate_arguments(backend.device, size=8)
+    arguments["weights"] = arguments["weights"].double()
+    with pytest.raises((ValueError, RuntimeError), match=r"^weights has dtype .*float64.*float32"):
+        backend.ops.extrapolate_residuals(**arguments)
+    for name in ("x", "p", "residual_window"):
+        plain = extrapolate_arguments(backend.device, size=8)
+        wide = {"p": ("p", "probe_window"), "residual_window": ("residual_window", "oldest")}
+        for widened in wide.get(name, (name,)):
+            plain[widened] = plain[widened].double()
+        plain["weights"] = plain["weights"].double() + 1e-12  # lost in fp32
+        expected = reference.extrapolate_residuals(**{k: v.cpu() for k, v in plain.items()})
+        assert torch.equal(backend.ops.extrapolate_residuals(**plain).cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["x", "p", "residual_window", "oldest", "probe_window", "weights", "out"]
+)
+def test_rows_of_extrapolate_that_are_not_contiguous(backend: Backend, name: str) -> None:
+    arguments = extrapolate_arguments(backend.device, size=6)
+    arguments["out"] = torch.zeros_like(arguments["x"])
+    expected = backend.ops.extrapolate_residuals(**arguments).clone()
+    arguments[name] = arguments[name].transpose(-1, -2).contiguous().transpose(-1, -2)
+    if backend.name == "reference":
+        assert torch.equal(backend.ops.extrapolate_residuals(**arguments), expected)
+    else:
+        with pytest.raises((ValueError, RuntimeError), match=rf"(?s)^{name} .*contiguous"):
+            backend.ops.extrapolate_residuals(**arguments)
+
+
+EXTRAPOLATED = ["x", "p", "residual_window", "oldest", "probe_window", "samples"]
 OVERLAPS = ["record x", "record entries", "combine out", "combine samples", "probe samples"]
+OVERLAPS += [f"extrapolate {name}" for name in EXTRAPOLATED]
 
 
 @pytest.mark.parametrize("case", OVERLAPS)
@@ -401,6 +554,17 @@ def test_memory_that_would_be_read_after_it_was_written_is_refused(
             backend.ops.combine_residuals(shifted, window.clone(), newest, sums[:, 0], out=out)
         elif case == "combine samples":
             backend.ops.combine_residuals(x.clone(), window, newest, sums[:, 0], out=shared)
+        elif case.startswith("extrapolate"):
+            arguments = extrapolate_arguments(device, batch, size)
+            arguments["out"] = flat[: batch * size].view(batch, size)
+            name = case.split()[1]
+            if name == "samples":
+                arguments["out"] = shared
+            elif name.endswith("_window"):
+                arguments[name] = flat[1 : 1 + 2 * batch * size].view(2, batch, size)
+            else:
+                arguments[name] = shifted
+            backend.ops.extrapolate_residuals(**arguments)
         else:
             backend.ops.probe_statistics(p, y, shared, None, window, newest, sums, 0.0, 2.0)
 
@@ -426,7 +590,10 @@ def test_nothing_takes_part_in_autograd(backend: Backend) -> None:
     p_prev = torch.zeros_like(p).detach()
     sums, result = backend.ops.probe_statistics(x, p, p_prev, None, window, *rest)
     y = backend.ops.combine_residuals(x, window, rest[0], torch.ones(1, device=backend.device))
-    assert not any(tensor.requires_grad for tensor in (sums, result, y, p_prev))
+    others = (x, window, rest[0], torch.ones(1, 3, device=backend.device))
+    extrapolated = backend.ops.extrapolate_residuals(x, p, window, *others)
+    results = (sums, result, y, extrapolated, p_prev)
+    assert not any(tensor.requires_grad for tensor in results)
 
 
 def test_more_than_2_31_elements_by_batch_stride_0(backend: Backend) -> None:
@@ -448,7 +615,8 @@ def test_more_than_2_31_elements_by_batch_stride_0(backend: Backend) -> None:
 
 
 @pytest.mark.large
-def test_combine_of_4_gib(backend: Backend) -> None:
+@pytest.mark.parametrize("operator", ["combine", "extrapolate"])
+def test_y_of_4_gib(backend: Backend, operator: str) -> None:
     """One sample of 2^31 + 11 elements in bf16; its last ones are those that could be lost."""
     if backend.name in ("reference", "emulated"):
         pytest.skip("too slow, or makes temporaries of every element")
@@ -457,10 +625,15 @@ def test_combine_of_4_gib(backend: Backend) -> None:
     window = torch.full((1, 1, size), 0.5, dtype=torch.bfloat16, device=backend.device)
     window[..., -1] = 2.0
     newest = torch.zeros(1, dtype=torch.int32, device=backend.device)
-    gamma = torch.ones(1, device=backend.device)
-    backend.ops.combine_residuals(x, window.expand(2, 1, size), newest, gamma, out=x)
-    assert x[0, -1] == 3.0
-    assert x[0, :-1].eq(1.5).all()
+    both, ones = window.expand(2, 1, size), torch.ones(1, 3, device=backend.device)
+    if operator == "combine":
+        backend.ops.combine_residuals(x, both, newest, ones[:, 0], out=x)
+        last, others = 3.0, 1.5
+    else:  # p is x, and every entry the same: y = x + r - q
+        backend.ops.extrapolate_residuals(x, x, both, window[0], both, newest, 2 * ones, out=x)
+        last, others = -1.0, 0.5
+    assert x[0, -1] == last
+    assert x[0, :-1].eq(others).all()
 
 
 # ---- the CPU backend alone ----
@@ -498,6 +671,8 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
     found += ops.alignment_statistics(x, p, window, newest, sums, 0.0, 2.0)
     found += ops.probe_statistics(x, p, y.clone(), x.clone(), window, newest, sums, 0.0, 2.0)
     found.append(ops.combine_residuals(values, window, newest, torch.rand(2)).nan_to_num())
+    read = (values, p, window, y, window, newest, torch.rand(2, 3))
+    found.append(ops.extrapolate_residuals(*read).nan_to_num())
     ops.record_residuals(x, p, y, other, window, newest, sums, False)
     found += [other, window, newest, sums]
 torch.save(found, sys.argv[1])
@@ -589,6 +764,7 @@ def sample_arguments(device: str = "cpu") -> dict[str, tuple]:
     newest = torch.tensor([0, 1], dtype=torch.int32, device=device)
     sums = draw(2, 4).abs()
     shared = (probes, newest, sums, 0.0, 2.0)
+    extrapolated = (x, p, residuals, y, probes, newest, sums[:, :3])
     return {
         "probe_statistics": (x, p, p_prev, x_prev, *shared),
         "alignment_statistics": (x, p, *shared),
@@ -596,6 +772,8 @@ def sample_arguments(device: str = "cpu") -> dict[str, tuple]:
         "finish_alignment_statistics": (draw(2, 6).abs(), 0.0, 2.0),
         "combine_residuals": (x, residuals, newest, sums[:, 0]),
         "combine_residuals_out": (x, residuals, newest, sums[:, 0], None, out),
+        "extrapolate_residuals": (*extrapolated, None),
+        "extrapolate_residuals_out": (*extrapolated, None, out),
         "record_residuals": (x, p, y, residuals, probes, newest, sums, False),
     }
 
@@ -611,8 +789,11 @@ def test_the_operators_compile_into_one_graph() -> None:
     def step(x, p, y, residuals, probes, newest, sums):
         _, result = ops.alignment_statistics(x, p, probes, newest, sums, 0.0, 2.0)
         reused = ops.combine_residuals(x * 1.0, residuals, newest, result[-1, 1].expand(2))
+        weights = result[-1, 1].expand(2, 3)[:1].clone().expand(2, 3)
+        drawn = ops.extrapolate_residuals(x * 1.0, p, residuals, y, probes, newest, weights)
+        ops.extrapolate_residuals(drawn, p, residuals, y, probes, newest, weights, out=drawn)
         ops.record_residuals(x, p, y, residuals, probes, newest, sums, False)
-        return reused + 1, result
+        return reused + 1, result, drawn + 1
 
     def arguments() -> tuple:
         drawn = sample_arguments()["record_residuals"]

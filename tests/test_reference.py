@@ -165,12 +165,68 @@ def test_combine_residuals(dtype):
     assert torch.equal(in_place, y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extrapolate_residuals(dtype):
+    tensors, windows, newest = make_step(3, 5, 7, dtype)
+    x, p, oldest = (tensors[name] for name in ("x", "p", "y"))
+    weights = torch.tensor([[0.0, 0.0, 0.0], [1.5, -0.75, 0.0], [-0.25, 0.5, 2.0]])
+    read = (p, windows["residual"], oldest, windows["probe"], newest, weights)
+    y = reference.extrapolate_residuals(x, *read)
+    assert y.dtype == dtype
+    for sample in range(3):
+        b, a = entries(windows["residual"], newest, sample)
+        _, q_a = entries(windows["probe"], newest, sample)
+        wide, c = x[sample].double(), oldest[sample].double()
+        w1, w2, w3 = weights[sample].tolist()
+        # By the coefficient of each tensor, not by differences.
+        predicted = (1 + w1) * a + (w2 - w1) * b - w2 * c + w3 * (p[sample].double() - wide - q_a)
+        expected = wide + predicted
+        torch.testing.assert_close(y[sample].double(), expected, rtol=0.01, atol=0.1)
+        if dtype == torch.float64:
+            torch.testing.assert_close(y[sample], expected, rtol=1e-13, atol=1e-13)
+    in_place = x.clone()
+    assert reference.extrapolate_residuals(in_place, *read, out=in_place) is in_place
+    assert torch.equal(in_place, y)
+
+
+def test_terms_of_extrapolate_are_added_from_left_to_right():
+    """2^24 + 1 is a tie in fp32: a one that is added alone is lost, two at once are not."""
+    ones, big = torch.ones(1, 1), torch.full((1, 1), 2.0**24)
+    newest = torch.zeros(1, dtype=torch.int32)
+    zeros = torch.zeros(2, 1, 1)
+    # x = 2^24 + r_a = 1 is 2^24; + w1 (r_a - r_b) = 1 again is 2^24; - w2 (r_b - r_c) = -2^24.
+    y = reference.extrapolate_residuals(
+        big, big, torch.stack([ones, 0 * ones]), -big, zeros, newest, torch.tensor([[1.0, -1, 1]])
+    )
+    assert y == 0.0
+    # The last term is rounded together with what is there: 2^24 - 2^24 + 1.
+    y = reference.extrapolate_residuals(
+        big, big + 2, zeros, big, zeros, newest, torch.tensor([[0.0, 1.0, 0.5]])
+    )
+    assert y == 1.0
+
+
+def test_extrapolate_is_combine_where_two_steps_are_known():
+    """r_c = r_b and w3 = 0: gamma = 1 + w1."""
+    tensors, windows, newest = make_step(2, 4, 4, torch.float64)
+    x, p, window = tensors["x"], tensors["p"], windows["residual"]
+    oldest = torch.stack([entries(window, newest, sample)[0] for sample in range(2)])
+    weights = torch.tensor([[0.5, 3.0, 0.0], [-0.25, 1.0, 0.0]])
+    y = reference.extrapolate_residuals(x, p, window, oldest, windows["probe"], newest, weights)
+    expected = reference.combine_residuals(x, window, newest, 1 + weights[:, 0])
+    torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
+
+
 def test_combine_makes_a_contiguous_tensor_whatever_x_is():
     """As the operator's fake says, which torch.compile plans with."""
     tensors, windows, newest = make_step(2, 4, 4)
-    x = tensors["x"].transpose(1, 2)
+    x, window = tensors["x"].transpose(1, 2), windows["residual"]
     for active in (None, torch.ones(2, dtype=torch.uint8)):
-        y = reference.combine_residuals(x, windows["residual"], newest, torch.ones(2), active)
+        y = reference.combine_residuals(x, window, newest, torch.ones(2), active)
+        assert y.is_contiguous()
+        y = reference.extrapolate_residuals(
+            x, x, window, x, windows["probe"], newest, torch.ones(2, 3), active
+        )
         assert y.is_contiguous()
 
 

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from dicache.kernels import alignment, combine, launch, probe, record  # noqa: E402
+from dicache.kernels import alignment, combine, extrapolate, launch, probe, record  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -123,7 +123,8 @@ def make_tensors(dtypes, batch=2, size=3 * 2048 + 37, row=3 * 2048 + 48, offset=
         "probe_window": draw(p.dtype, 2), "residual_window": draw(y.dtype, 2),
         "newest": torch.zeros(batch, dtype=torch.int32),
         "entry_sums": torch.zeros(batch, 4, dtype=FP64 if FP64 in dtypes else FP32),
-        "gamma": torch.ones(1).expand(batch),
+        "oldest": draw(y.dtype), "gamma": torch.ones(1).expand(batch),
+        "weights": torch.ones(1, 3).expand(batch, 3),
     }  # fmt: skip
 
 
@@ -145,6 +146,12 @@ def call_combine(tensors):
     combine.combine_residuals(*(tensors[name] for name in names), out=out)
 
 
+def call_extrapolate(tensors):
+    names = ("x", "p", "residual_window", "oldest", "probe_window", "newest", "weights")
+    out = tensors["x"] if tensors["x"].dtype == tensors["y"].dtype else None
+    extrapolate.extrapolate_residuals(*(tensors[name] for name in names), out=out)
+
+
 def call_record(tensors, first=False):
     names = ("x", "p", "y", "residual_window", "probe_window", "newest", "entry_sums")
     record.record_residuals(*(tensors[name] for name in names), first)
@@ -162,18 +169,22 @@ KERNELS = {
     ),
     "alignment": (alignment, "_alignment_kernel", call_alignment, "xppp", ""),
     "combine": (combine, "_combine_kernel", call_combine, "xyy", "y"),
+    "extrapolate": (extrapolate, "_extrapolate_kernel", call_extrapolate, "xpyyyp", "y"),
     "record": (record, "_record_kernel", call_record, "xppy", "py"),
     "record first": (
         record, "_record_kernel", lambda t: call_record(t, first=True), "xpy", "ppyy",
     ),
 }  # fmt: skip
-SUMMING = [name for name in KERNELS if name != "combine"]
+ELEMENTWISE = ("combine", "extrapolate")
+SUMMING = [name for name in KERNELS if name not in ELEMENTWISE]
 # Everything on one generation; on the other two the models' dtype, and the widest registers.
 CASES = [(name, dtypes, 90) for name in KERNELS for dtypes in DTYPES if dtypes != "fp64"]
-CASES += [("alignment", "fp64", 90), ("combine", "fp64", 90)]
+CASES += [(name, "fp64", 90) for name in ("alignment", *ELEMENTWISE)]
 CASES += [(name, "bf16", capability) for name in KERNELS for capability in (80, 100)]
 CASES += [
-    (name, "fp32", capability) for name in ("alignment", "record") for capability in (80, 100)
+    (name, "fp32", capability)
+    for name in ("alignment", "extrapolate", "record")
+    for capability in (80, 100)
 ]
 
 
@@ -221,7 +232,7 @@ def test_blocks_are_loaded_and_stored_16_bytes_at_a_time(compiled, name, dtypes,
     """Exactly the main loop's accesses, for a size that is no multiple of 16 and two samples."""
     *_, loads, stores = KERNELS[name]
     kernel = compiled(name, dtypes, capability)
-    if name == "combine" and dtypes == "mixed":
+    if name in ELEMENTWISE and dtypes == "mixed":
         stores = ""  # its new output [2, size] has rows at odd addresses
     assert wide_accesses(kernel.ptx, "ld") == vectors(loads, dtypes)
     assert wide_accesses(kernel.ptx, "st") == vectors(stores, dtypes)
@@ -255,14 +266,15 @@ def test_ticket_publishes_the_partial_sums(compiled, name, capability):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_combine_fuses_no_multiply_add(compiled, dtypes):
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_no_multiply_add_is_fused(compiled, name, dtypes):
     """The reference rounds the product before it adds it."""
-    kernel = compiled("combine", dtypes, 90)
+    kernel = compiled(name, dtypes, 90)
     assert not re.search(r"\bfma\.", kernel.ptx)
     assert not re.search(r"\b(FFMA|DFMA)\b", kernel.sass)
 
 
-@pytest.mark.parametrize("name", ["delta_minus", "alignment", "combine", "record"])
+@pytest.mark.parametrize("name", ["delta_minus", "alignment", "combine", "extrapolate", "record"])
 @pytest.mark.parametrize("layout", [{"offset": 1}, {"row": 3 * 2048 + 37}], ids=["start", "rows"])
 def test_unaligned_tensors_are_not_taken_for_aligned(compiled, name, layout):
     """A 16-byte access at another address faults."""

@@ -62,7 +62,9 @@ def kernels(monkeypatch):
     from dicache.kernels import launch
 
     monkeypatch.setattr(launch, "max_programs", lambda device, resident: 6)
-    return kernels
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN: what is not written shows
+    yield kernels
+    torch.use_deterministic_algorithms(False)
 
 
 def make_step(dtypes=DTYPES["fp32"], batch=2, size=7 * BLOCK + 37, seed=0):
@@ -74,6 +76,7 @@ def make_step(dtypes=DTYPES["fp32"], batch=2, size=7 * BLOCK + 37, seed=0):
     x, p, y = (draw(dtype) for dtype in dtypes)
     step = {"x": x, "p": p, "y": y, "p_prev": draw(p.dtype), "x_prev": draw(x.dtype)}
     step["probe_window"], step["residual_window"] = draw(p.dtype, 2), draw(y.dtype, 2)
+    step["oldest"] = draw(y.dtype)
     step["newest"] = torch.randint(0, 2, (batch,), generator=generator, dtype=torch.int32)
     wide = FP64 if FP64 in dtypes else FP32
     step["entry_sums"] = size * (1 + torch.rand(batch, 4, generator=generator, dtype=FP64)).to(wide)
@@ -108,6 +111,11 @@ def align(module, step, **options):
 def combine(module, step, gamma, **options):
     tensors = pick(step, "x", "residual_window", "newest")
     return module.combine_residuals(*tensors, gamma, **options)
+
+
+def extrapolate(module, step, weights, **options):
+    names = ("x", "p", "residual_window", "oldest", "probe_window", "newest")
+    return module.extrapolate_residuals(*pick(step, *names), weights, **options)
 
 
 RECORDED = ("residual_window", "probe_window", "newest", "entry_sums")
@@ -191,6 +199,16 @@ def check_combine_residuals(kernels, dtypes):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def check_extrapolate_residuals(kernels, dtypes):
+    for batch, size in zip((1, 2, 3, 2, 1), SIZES, strict=True):
+        step = make_step(dtypes, batch, size)
+        rows = torch.linspace(-1.3, 1.7, 5 * batch).view(batch, 5)[:, 1:4]
+        for weights in (rows, rows[:1].expand(batch, 3)):
+            expected = extrapolate(reference, step, weights)
+            assert_stored(extrapolate(kernels, step, weights), expected)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("first", [False, True])
 def check_record_residuals(kernels, dtypes, first):
     for batch, size in zip((1, 2, 3, 2, 1), SIZES, strict=True):
@@ -236,6 +254,22 @@ def check_combine_over_x(kernels):
     assert torch.equal(step["x"], expected)
 
 
+def check_extrapolate_over_x(kernels):
+    step = make_step()
+    weights = torch.tensor([[1.25, 0.5, -1.0], [0.5, 0.0, 2.0]])
+    expected = extrapolate(reference, step, weights)
+    assert extrapolate(kernels, step, weights, out=step["x"]) is step["x"]
+    assert torch.equal(step["x"], expected)
+
+
+def check_extrapolate_with_fp64_weights(kernels):
+    """They are read as they are where data is fp64, and lose their last digits nowhere."""
+    step = make_step(DTYPES["fp64"])
+    weights = torch.tensor([[1.25, 0.5, -1.0], [0.5, 0.0, 2.0]], dtype=FP64) + 1e-12
+    expected = extrapolate(reference, step, weights)
+    assert torch.equal(extrapolate(kernels, step, weights), expected)
+
+
 def spread(tensor, offset):
     """The same values in a larger buffer: strided samples and entries, `offset` elements in."""
     *lead, size = tensor.shape
@@ -255,6 +289,7 @@ def check_strided_and_unaligned_views(kernels, name, offset):
         lambda tensors: probe(kernels, tensors, minus=True),
         lambda tensors: align(kernels, tensors),
         lambda tensors: [combine(kernels, tensors, gamma)],
+        lambda tensors: [extrapolate(kernels, tensors, gamma[:, None] * torch.ones(2, 3))],
         lambda tensors: [record(kernels, tensors, first=False)],
     ):
         for actual, expected in zip(call(views), call(step), strict=True):
@@ -294,6 +329,14 @@ def check_inactive_samples(kernels):
     assert (y[1] == 0).all()
     out = torch.full_like(y, 7)
     combine(kernels, step, gamma, active=active, out=out)
+    assert torch.equal(out[on], y[on])
+    assert (out[1] == 7).all()
+    weights = gamma[:, None].expand(3, 3).contiguous()
+    y = extrapolate(kernels, step, weights, active=active)
+    assert torch.equal(y[on], extrapolate(kernels, everything, weights)[on])
+    assert (y[1] == 0).all()
+    out = torch.full_like(y, 7)
+    extrapolate(kernels, step, weights, active=active, out=out)
     assert torch.equal(out[on], y[on])
     assert (out[1] == 7).all()
     for first in (True, False):
@@ -370,6 +413,7 @@ def check_nothing_to_do(kernels, batch, size):
         for actual, expected in zip(call(kernels, step), call(reference, step), strict=True):
             torch.testing.assert_close(actual, expected, equal_nan=True)
     assert combine(kernels, step, torch.ones(batch)).shape == (batch, size)
+    assert extrapolate(kernels, step, torch.ones(batch, 3)).shape == (batch, size)
     expected = clone(step)
     record(reference, expected, first=True)
     record(kernels, step, first=True)
@@ -396,5 +440,7 @@ def check_arguments(kernels):
         align(kernels, step, workspace=small)
     with pytest.raises(ValueError, match="x has shape .* contiguous"):
         align(kernels, step | {"x": torch.randn(7 * BLOCK + 37, 2).T})
+    with pytest.raises(ValueError, match="weights has shape .* contiguous"):
+        extrapolate(kernels, step, torch.ones(3, 2).T)
     with pytest.raises(ValueError, match="newest has shape"):
         align(kernels, step | {"newest": torch.zeros(4, dtype=torch.int32)[::2]})

@@ -113,6 +113,7 @@ class PassCounter(torch.utils._python_dispatch.TorchDispatchMode):
         ("probe_statistics", 5),
         ("alignment_statistics", 4),
         ("combine_residuals", 4),
+        ("extrapolate_residuals", 7),
         ("record_residuals", 6),
         ("skipped_step", 9),
         ("skipped_step_default", 8),
@@ -173,7 +174,9 @@ def test_reference_in_slabs_is_the_reference(bench, monkeypatch) -> None:
         torch.testing.assert_close(slabs, whole, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("broken", ["alignment_statistics", "combine_residuals"])
+@pytest.mark.parametrize(
+    "broken", ["alignment_statistics", "combine_residuals", "extrapolate_residuals"]
+)
 def test_a_wrong_result_gets_no_time(bench, monkeypatch, broken: str) -> None:
     """A body that is off by a thousandth, or by one element's last bit, is refused."""
     workloads = bench.workloads

@@ -220,11 +220,7 @@ void combine_body(const CombineArguments& arguments, int64_t begin, int64_t end)
       continue;
     }
     const int newer = arguments.samples.new_entry(sample);
-    const int64_t weight = sample * arguments.gamma_stride;
-    const double gamma = arguments.gamma_is_wide
-                             ? static_cast<const double*>(arguments.gamma)[weight]
-                             : static_cast<const float*>(arguments.gamma)[weight];
-    const V gammas = repeat<V>(gamma);
+    const V gammas = repeat<V>(read_weight<double>(arguments.gamma, sample));
     const Place x = place_of(arguments.x, sample, first);
     const Place r_old = place_of(arguments.r, 1 - newer, sample, first);
     const Place r_new = place_of(arguments.r, newer, sample, first);
@@ -233,6 +229,40 @@ void combine_body(const CombineArguments& arguments, int64_t begin, int64_t end)
                     combine(Format::load(x, at, count), Format::load(r_old, at, count),
                             Format::load(r_new, at, count), gammas),
                     count);
+    });
+  }
+}
+
+template <class Format>
+void extrapolate_body(const ExtrapolateArguments& arguments, int64_t begin, int64_t end) {
+  using V = typename Format::V;
+  for (int64_t index = begin; index < end; ++index) {
+    const auto [sample, first, size] = task_of(arguments.samples, index);
+    const Place y = place_of(arguments.y, sample, first);
+    if (!arguments.samples.is_active(sample)) {
+      if (arguments.fills) {
+        std::memset(y.data, 0, size * bytes_of(y.dtype));
+      }
+      continue;
+    }
+    const int newer = arguments.samples.new_entry(sample);
+    V weights[kExtrapolationWeights];
+    for (int column = 0; column < kExtrapolationWeights; ++column) {
+      weights[column] = repeat<V>(read_weight<double>(arguments.weights, sample, column));
+    }
+    const Place x = place_of(arguments.x, sample, first);
+    const Place p = place_of(arguments.p, sample, first);
+    const Place r_a = place_of(arguments.r, newer, sample, first);
+    const Place r_b = place_of(arguments.r, 1 - newer, sample, first);
+    const Place r_c = place_of(arguments.r_c, sample, first);
+    const Place q_a = place_of(arguments.q, newer, sample, first);
+    for_each_vector(size, [&](int64_t at, int count) __attribute__((always_inline)) {
+      Format::store(
+          y, at,
+          extrapolate(Format::load(x, at, count), Format::load(p, at, count),
+                      Format::load(r_a, at, count), Format::load(r_b, at, count),
+                      Format::load(r_c, at, count), Format::load(q_a, at, count), weights),
+          count);
     });
   }
 }
@@ -273,7 +303,8 @@ void record_body(const RecordArguments& arguments, int64_t begin, int64_t end, d
 
 template <class Format>
 constexpr Bodies bodies_for() {
-  return {probe_body<Format>, alignment_body<Format>, combine_body<Format>, record_body<Format>};
+  return {probe_body<Format>, alignment_body<Format>, combine_body<Format>,
+          extrapolate_body<Format>, record_body<Format>};
 }
 
 // In the order of `Layout`.

@@ -17,6 +17,7 @@ struct Bodies {
   void (*probe)(const ProbeArguments&, int64_t begin, int64_t end, double* partials);
   void (*alignment)(const AlignmentArguments&, int64_t begin, int64_t end, double* partials);
   void (*combine)(const CombineArguments&, int64_t begin, int64_t end);
+  void (*extrapolate)(const ExtrapolateArguments&, int64_t begin, int64_t end);
   void (*record)(const RecordArguments&, int64_t begin, int64_t end, double* partials);
 };
 

@@ -134,6 +134,13 @@ class Cpu {
         [&](int64_t begin, int64_t end) { body.combine(arguments, begin, end); });
   }
 
+  void extrapolate(const ExtrapolateArguments& arguments) const {
+    const auto& body = bodies(arguments.samples.is_wide,
+                              {arguments.x.dtype, arguments.p.dtype, arguments.r.dtype});
+    run(arguments.samples,
+        [&](int64_t begin, int64_t end) { body.extrapolate(arguments, begin, end); });
+  }
+
   void record(const RecordArguments& arguments) const {
     const auto& body = bodies(arguments.samples.is_wide,
                               {arguments.x.dtype, arguments.p.dtype, arguments.y.dtype});

@@ -8,15 +8,6 @@
 namespace dicache::cuda {
 namespace {
 
-template <class T>
-__device__ __forceinline__ T read_gamma(const CombineArguments& arguments, int64_t sample) {
-  const int64_t index = sample * arguments.gamma_stride;
-  if (sizeof(T) == sizeof(double) && arguments.gamma_is_wide) {
-    return static_cast<T>(static_cast<const double*>(arguments.gamma)[index]);
-  }
-  return static_cast<const float*>(arguments.gamma)[index];
-}
-
 // y may be x itself: a thread loads its elements before it stores them. `newest` and gamma are read
 // behind the vectors, which wait for neither (both entries are read anyway): a block lives for one
 // vector a thread only.
@@ -44,7 +35,7 @@ __global__ void __launch_bounds__(kGpuThreads)
   const auto use = [&](auto width, int64_t index, const auto& loaded) {
     constexpr int k = decltype(width)::value;
     const int newer = arguments.samples.new_entry(part.sample);
-    const T gamma = read_gamma<T>(arguments, part.sample);
+    const T gamma = read_weight<T>(arguments.gamma, part.sample);
     T values[k];
 #pragma unroll
     for (int i = 0; i < k; ++i) {

@@ -21,6 +21,7 @@ cudaError_t launch_probe(const ProbeArguments& arguments, const Reduction& reduc
 cudaError_t launch_alignment(const AlignmentArguments& arguments, const Reduction& reduction);
 cudaError_t launch_record(const RecordArguments& arguments, const Reduction& reduction);
 cudaError_t launch_combine(const CombineArguments& arguments, cudaStream_t stream);
+cudaError_t launch_extrapolate(const ExtrapolateArguments& arguments, cudaStream_t stream);
 cudaError_t launch_finish(const FinishArguments& arguments, cudaStream_t stream);
 
 }  // namespace dicache::cuda

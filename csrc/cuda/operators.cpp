@@ -56,6 +56,10 @@ class Cuda {
     expect_launched(cuda::launch_combine(arguments, stream_));
   }
 
+  void extrapolate(const ExtrapolateArguments& arguments) {
+    expect_launched(cuda::launch_extrapolate(arguments, stream_));
+  }
+
   void finish(const FinishArguments& arguments) {
     expect_launched(cuda::launch_finish(arguments, stream_));
   }

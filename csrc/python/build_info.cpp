@@ -59,7 +59,7 @@ py::dict launch_plan(const std::string& name, int64_t batch, int64_t size, int m
         std::to_string(multiprocessors) + ".");
   }
   dicache::LaunchPlan plan{};
-  if (name == "combine_residuals") {
+  if (name == "combine_residuals" || name == "extrapolate_residuals") {
     plan = dicache::plan_elementwise(batch, size);
   } else if (name == "probe_statistics" || name == "alignment_statistics" ||
              name == "record_residuals") {
@@ -67,7 +67,8 @@ py::dict launch_plan(const std::string& name, int64_t batch, int64_t size, int m
   } else {
     throw std::invalid_argument("There is no launch plan for '" + name +
                                 "'. Expected probe_statistics, alignment_statistics, "
-                                "combine_residuals or record_residuals.");
+                                "combine_residuals, extrapolate_residuals or "
+                                "record_residuals.");
   }
   py::dict facts;
   facts["launches"] = 1;

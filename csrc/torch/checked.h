@@ -172,16 +172,19 @@ class Reader {
   }
 
   // gamma [B], at any stride: one number may serve all samples.
-  void gamma(const Tensor& tensor, CombineArguments& arguments) const {
+  Weights gamma(const Tensor& tensor, bool is_wide) const {
     DICACHE_EXPECT(tensor.dim() == 1 && tensor.size(0) == batch_, "gamma has shape ",
                    shape_of(tensor), ". Expected [", batch_, "], one weight a sample.");
-    expect_device("gamma", tensor);
-    arguments.gamma = tensor.data_ptr();
-    arguments.gamma_stride = tensor.stride(0);
-    arguments.gamma_is_wide = is_wide_sum("gamma", tensor);
-    DICACHE_EXPECT(
-        arguments.samples.is_wide || !arguments.gamma_is_wide,
-        "gamma has dtype float64. Expected float32, because neither x nor the window is float64.");
+    return weights_of("gamma", tensor, is_wide);
+  }
+
+  // weights [B, columns], rows at any stride: one may serve all samples.
+  Weights weights(const Tensor& tensor, int columns, bool is_wide) const {
+    DICACHE_EXPECT(tensor.dim() == 2 && tensor.size(0) == batch_ && tensor.size(1) == columns,
+                   "weights has shape ", shape_of(tensor), ". Expected [", batch_, ", ", columns,
+                   "], a row a sample.");
+    expect_dense("weights", tensor, 1);
+    return weights_of("weights", tensor, is_wide);
   }
 
   static bool is_wide_sum(const char* name, const Tensor& tensor) {
@@ -192,6 +195,15 @@ class Reader {
   }
 
  private:
+  Weights weights_of(const char* name, const Tensor& tensor, bool is_wide) const {
+    expect_device(name, tensor);
+    const Weights weights{tensor.data_ptr(), tensor.stride(0), is_wide_sum(name, tensor)};
+    DICACHE_EXPECT(is_wide || !weights.is_wide, name,
+                   " has dtype float64. Expected float32, because none of the tokens and residuals "
+                   "is float64.");
+    return weights;
+  }
+
   void expect_shape(const char* name, const Tensor& tensor, int64_t leading) const {
     bool same = tensor.dim() == x_.dim() + leading && (leading == 0 || tensor.size(0) == 2);
     for (int64_t dim = 0; same && dim < x_.dim(); ++dim) {

@@ -37,6 +37,18 @@ inline Tensor make_rows(const Tensor& x, int64_t rows, int64_t columns, bool is_
   return make_empty(x, {rows, columns}, dtype);
 }
 
+// For y: of x's shape, in the window's dtype.
+inline Tensor make_output(const Tensor& x, const Tensor& residual_window) {
+  dtype_of("residual_window", residual_window);  // before a tensor of this dtype is made
+  std::vector<int64_t> shape(x.dim());
+  for (int64_t dim = 0; dim < x.dim(); ++dim) {
+    shape[dim] = x.size(dim);
+  }
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(residual_window.get(), &dtype));
+  return make_empty(x, shape, dtype);
+}
+
 inline bool is_wide(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* tensor : tensors) {
     if (tensor->scalar_type() == ScalarType::Double) {
@@ -109,14 +121,7 @@ struct Operators {
 
   static Tensor combine_residuals(Tensor x, Tensor residual_window, Tensor newest, Tensor gamma,
                                   std::optional<Tensor> active) {
-    dtype_of("residual_window", residual_window);  // before a tensor of this dtype is made
-    std::vector<int64_t> shape(x.dim());
-    for (int64_t dim = 0; dim < x.dim(); ++dim) {
-      shape[dim] = x.size(dim);
-    }
-    int32_t dtype = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(residual_window.get(), &dtype));
-    Tensor y = make_empty(x, shape, dtype);
+    Tensor y = make_output(x, residual_window);
     combine_into(x, residual_window, newest, gamma, active, y, true);
     return y;
   }
@@ -124,6 +129,21 @@ struct Operators {
   static void combine_residuals_out(Tensor x, Tensor residual_window, Tensor newest, Tensor gamma,
                                     std::optional<Tensor> active, Tensor out) {
     combine_into(x, residual_window, newest, gamma, active, out, false);
+  }
+
+  static Tensor extrapolate_residuals(Tensor x, Tensor p, Tensor residual_window, Tensor oldest,
+                                      Tensor probe_window, Tensor newest, Tensor weights,
+                                      std::optional<Tensor> active) {
+    Tensor y = make_output(x, residual_window);
+    extrapolate_into(x, p, residual_window, oldest, probe_window, newest, weights, active, y, true);
+    return y;
+  }
+
+  static void extrapolate_residuals_out(Tensor x, Tensor p, Tensor residual_window, Tensor oldest,
+                                        Tensor probe_window, Tensor newest, Tensor weights,
+                                        std::optional<Tensor> active, Tensor out) {
+    extrapolate_into(x, p, residual_window, oldest, probe_window, newest, weights, active, out,
+                     false);
   }
 
   static void record_residuals(Tensor x, Tensor p, Tensor y, Tensor residual_window,
@@ -149,6 +169,8 @@ struct Operators {
     library.impl("finish_alignment_statistics", TORCH_BOX(&finish_alignment_statistics));
     library.impl("combine_residuals", TORCH_BOX(&combine_residuals));
     library.impl("combine_residuals_out", TORCH_BOX(&combine_residuals_out));
+    library.impl("extrapolate_residuals", TORCH_BOX(&extrapolate_residuals));
+    library.impl("extrapolate_residuals_out", TORCH_BOX(&extrapolate_residuals_out));
     library.impl("record_residuals", TORCH_BOX(&record_residuals));
   }
 
@@ -160,17 +182,35 @@ struct Operators {
     const bool wide = is_wide({&x, &residual_window});
     CombineArguments arguments{read.samples(newest, active, wide),
                                read.tokens("x", x),
-                               read.tokens("out", out, residual_window),
                                read.window("residual_window", residual_window),
-                               nullptr,
-                               0,
-                               false,
+                               read.tokens("out", out, residual_window),
+                               read.gamma(gamma, wide),
                                fills};
-    read.gamma(gamma, arguments);
     if (!fills) {
       expect_separate(arguments);
     }
     Backend(x, std::nullopt).combine(arguments);
+  }
+
+  static void extrapolate_into(const Tensor& x, const Tensor& p, const Tensor& residual_window,
+                               const Tensor& oldest, const Tensor& probe_window,
+                               const Tensor& newest, const Tensor& weights,
+                               const std::optional<Tensor>& active, const Tensor& out, bool fills) {
+    const Reader read(x);
+    const bool wide = is_wide({&x, &p, &residual_window});
+    ExtrapolateArguments arguments{read.samples(newest, active, wide),
+                                   read.tokens("x", x),
+                                   read.tokens("p", p),
+                                   read.window("residual_window", residual_window),
+                                   read.tokens("oldest", oldest, residual_window),
+                                   read.window("probe_window", probe_window, p),
+                                   read.tokens("out", out, residual_window),
+                                   read.weights(weights, kExtrapolationWeights, wide),
+                                   fills};
+    if (!fills) {
+      expect_separate(arguments);
+    }
+    Backend(x, std::nullopt).extrapolate(arguments);
   }
 
   static void expect_separate(const ProbeArguments& arguments) {
@@ -197,6 +237,19 @@ struct Operators {
     expect_apart("x", rows_of(arguments.x, arguments.samples), "out", out);
     for (const int entry : {0, 1}) {
       expect_apart("residual_window", rows_of(arguments.r, entry, arguments.samples), "out", out);
+    }
+  }
+
+  static void expect_separate(const ExtrapolateArguments& arguments) {
+    const Samples& samples = arguments.samples;
+    const Rows out = rows_of(arguments.y, samples);
+    expect_distinct("out", out);
+    expect_apart("x", rows_of(arguments.x, samples), "out", out);
+    expect_apart("p", rows_of(arguments.p, samples), "out", out);
+    expect_apart("oldest", rows_of(arguments.r_c, samples), "out", out);
+    for (const int entry : {0, 1}) {
+      expect_apart("residual_window", rows_of(arguments.r, entry, samples), "out", out);
+      expect_apart("probe_window", rows_of(arguments.q, entry, samples), "out", out);
     }
   }
 

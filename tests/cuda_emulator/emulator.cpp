@@ -11,6 +11,7 @@
 // Behind device.cuh, which declares what these use.
 #include "cuda/alignment.cu"
 #include "cuda/combine.cu"
+#include "cuda/extrapolate.cu"
 #include "cuda/probe.cu"
 #include "cuda/record.cu"
 #include "torch/operators.h"
@@ -94,6 +95,9 @@ class EmulatedCuda {
     cuda::launch_record(arguments, reduction(arguments.samples));
   }
   void combine(const CombineArguments& arguments) { cuda::launch_combine(arguments, nullptr); }
+  void extrapolate(const ExtrapolateArguments& arguments) {
+    cuda::launch_extrapolate(arguments, nullptr);
+  }
   void finish(const FinishArguments& arguments) { cuda::launch_finish(arguments, nullptr); }
 
  private:

@@ -63,6 +63,13 @@ struct EntrySums {
   bool is_wide;
 };
 
+// Numbers by which a sample's residuals are weighed: [B], or some in a row [B, n].
+struct Weights {
+  const void* data;
+  int64_t batch_stride;  // 0: one row serves all samples
+  bool is_wide;          // fp64; only where samples.is_wide
+};
+
 // How the sums become (error, gamma).
 struct Rule {
   double low, high;        // gamma's range
@@ -100,12 +107,22 @@ struct FinishArguments {
 
 struct CombineArguments {
   Samples samples;
-  Tokens x, y;
+  Tokens x;
   Window r;
-  const void* gamma;
-  int64_t gamma_stride;
-  bool gamma_is_wide;  // only where samples.is_wide
-  bool fills;  // y is a new tensor: inactive samples become zero instead of staying as they are
+  Tokens y;
+  Weights gamma;  // [B]
+  bool fills;     // y is a new tensor: inactive samples become zero instead of staying as they are
+};
+
+struct ExtrapolateArguments {
+  Samples samples;
+  Tokens x, p;
+  Window r;  // r_a is the newer entry, r_b the other one
+  Tokens r_c;
+  Window q;  // q_a is the newer entry; the other one is not read
+  Tokens y;
+  Weights weights;  // [B, 3]
+  bool fills;       // as in CombineArguments
 };
 
 struct RecordArguments {

@@ -126,9 +126,27 @@ DICACHE_INLINE void finish_record(const RecordArguments& arguments, int64_t samp
   const_cast<int32_t*>(arguments.samples.newest)[sample] = 1 - arguments.samples.new_entry(sample);
 }
 
+template <class T>
+DICACHE_INLINE T read_weight(const Weights& weights, int64_t sample, int column = 0) {
+  const int64_t index = sample * weights.batch_stride + column;
+  if (sizeof(T) == sizeof(double) && weights.is_wide) {
+    return static_cast<T>(static_cast<const double*>(weights.data)[index]);
+  }
+  return static_cast<const float*>(weights.data)[index];
+}
+
 template <class V>
 DICACHE_INLINE V combine(V x, V r_old, V r_new, V gamma) {
   return (x + r_old) + gamma * (r_new - r_old);
+}
+
+// w1, w2, w3.
+constexpr int kExtrapolationWeights = 3;
+
+template <class V>
+DICACHE_INLINE V extrapolate(V x, V p, V r_a, V r_b, V r_c, V q_a, const V* weights) {
+  const V along_r = ((x + r_a) + weights[0] * (r_a - r_b)) + weights[1] * (r_b - r_c);
+  return along_r + weights[2] * ((p - x) - q_a);
 }
 
 template <class T>

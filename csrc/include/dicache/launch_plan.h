@@ -41,8 +41,8 @@ inline LaunchPlan plan_reduction(int64_t batch, int64_t size, int multiprocessor
           kWorkspaceHeaderBytes + kWorkspaceBytesPerBlock * blocks};
 }
 
-// Combine: a thread takes eight elements (a vector of bf16, two of fp32) and ends, so the grid is
-// as large as the tensor.
+// Combine and extrapolate: a thread takes eight elements (a vector of bf16, two of fp32) and ends,
+// so the grid is as large as the tensor.
 inline LaunchPlan plan_elementwise(int64_t batch, int64_t size) {
   const int64_t per_sample = ceil_divide(size, int64_t{kGpuThreads} * kGpuVector);
   return {per_sample, per_sample * batch, kGpuThreads, 0};
