@@ -340,7 +340,7 @@ FREEING: dict[str, Callable[[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize("event", FREEING)
-@pytest.mark.parametrize("name", ("flux-true-guidance", "wan-v2v"))
+@pytest.mark.parametrize("name", ("flux-true-guidance", "wan-v2v", "sd3"))
 def test_state_is_freed_when(name, event, new_objects):
     pipe = pipeline(name)
     run(name, pipe)

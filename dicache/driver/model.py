@@ -193,6 +193,10 @@ class CachedModel:
             if self._works_in_place:  # x is gone; from the next step on it is copied
                 self._discard(call, p.shape[0])
                 return
+        if p is x:
+            self.warn("blind", _BLIND)
+            self._discard(call, p.shape[0])
+            return
         self.skips = step.needs_probe and step.probe(x, p).action == "reuse"
         if step.rows is not None:
             call.samples = Samples(step.rows, p)
@@ -336,6 +340,13 @@ class CachedModel:
                 f"probe_depth is {self._probe_depth} and this {name} has {len(blocks)} blocks. "
                 f"Expected a probe_depth smaller than the number of blocks."
             )
+
+
+_BLIND = (
+    "The probe's blocks gave back the tokens that they were given: guidance skips them in one of "
+    "its branches, say. Such a probe sees no change, so these steps are computed. Let guidance "
+    "skip other layers, or set DiCacheConfig(probe_depth=...) to more blocks than it skips."
+)
 
 
 def _check_fit(block: Any, stack: BlockStack) -> None:

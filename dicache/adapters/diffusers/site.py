@@ -7,21 +7,25 @@ know.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from torch import nn
 
 from ...core.warning import warn_user
 from ...core.where import Where
 from ...driver.families import ModelFamily
+from .components import components_of
 from .locate import ContextReader, DiffusersLocator
 from .other_caches import refuse_others_after
 
 _HOOK = "dicache"
+_CLEAN_UP = "_reset_stateful_cache"  # what pipelines call when they end; not every model has it
 
 
 class _RootHook(ModelHook):
@@ -123,6 +127,8 @@ class Site:
             self._has_own_forward = "forward" in vars(self._transformer)
             registry.register_hook(self._hook, _HOOK)
             self._forward = self._transformer.forward
+            if not hasattr(self._transformer, _CLEAN_UP):
+                vars(self._transformer)[_CLEAN_UP] = registry.reset_stateful_hooks
         registry.invalidate_child_registries_cache()  # pipelines that ran before look again
         self.features[name], self._resets[name] = feature, reset
 
@@ -140,6 +146,7 @@ class Site:
             transformer.forward = forward
         registry.invalidate_child_registries_cache()
         attributes = vars(transformer)
+        attributes.pop(_CLEAN_UP, None)
         if not self._has_own_forward:  # the registry puts one there, and leaves it
             function = getattr(attributes.get("forward"), "__func__", None)
             if forward is self._forward or function is type(transformer).forward:
@@ -153,6 +160,24 @@ def find_site(module: Any) -> Site | None:
     registry = getattr(module, "_diffusers_hook", None)
     hook = None if registry is None else registry.get_hook(_HOOK)
     return None if hook is None else hook.site
+
+
+def _cleaning_up(run: Any) -> Any:
+    @functools.wraps(run)
+    def call(self: ModularPipeline, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(self, *args, **kwargs)
+        finally:
+            for part in components_of(self).values():
+                if find_site(part) is not None:
+                    getattr(part, _CLEAN_UP)()
+
+    return call
+
+
+# Other pipelines tell their models when they end. Modular ones do not, and would hold the state of
+# their last run until the next one.
+ModularPipeline.__call__ = _cleaning_up(ModularPipeline.__call__)
 
 
 def find_feature(module: Any, name: str) -> Any:
