@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from dicache import DiCacheConfig
+from dicache import DiCacheConfig, DiCacheWarning
 from dicache.adapters.comfyui.attach import APPLY_MODEL, KEY, OUTER_SAMPLE, apply, config_for
 from dicache.adapters.comfyui.locate import Locator, Sigmas, adds_noise
 from dicache.adapters.comfyui.table import FIRST, LAST, MODELS, Block, find_model
@@ -387,6 +388,18 @@ def test_steps_outside_of_the_window_are_computed():
     cached = apply(Patcher(), DiCacheConfig(threshold=100.0), 0.2, 0.5)
     sample(cached)
     assert actions(cached) == {"cond": "CcRRcC"}  # sigmas 1.0 to 0.2, of which 0.8 to 0.5 may
+
+
+def test_few_steps_that_are_never_alike_are_told_once_a_node():
+    """Every sampling run has a session of its own."""
+    cached = apply(Patcher(), DiCacheConfig(threshold=1e-9))
+    with pytest.warns(DiCacheWarning, match="None of the 6 steps"):
+        sample(cached)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiCacheWarning)
+        sample(cached)
+        # Steps outside of the window were computed because somebody said so.
+        sample(apply(Patcher(), DiCacheConfig(threshold=100.0), 0.0, 0.01))
 
 
 # --- where a call stands ---

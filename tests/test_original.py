@@ -337,6 +337,25 @@ def test_steps_of_two_experts_count_in_the_whole_run(boundary: float, high: str,
         }
 
 
+def test_experts_tell_of_few_steps_once_and_not_where_one_of_them_reused() -> None:
+    pipe = experts()
+    apply_dicache(pipe, DiCacheConfig(threshold=1e-9, num_inference_steps=4))
+    with pytest.warns(DiCacheWarning, match="None of the 4 steps"):
+        pipe.generate("2.2", 4)
+    reused = experts()
+    apply_dicache(
+        reused, DiCacheConfig(**{**ALWAYS, "compute_last_step": True}, num_inference_steps=4)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiCacheWarning)
+        pipe.generate("2.2", 4)
+        reused.generate("2.2", 4)
+    assert masks_by_expert(reused) == {
+        "high_noise_model": ["CRR"] * 2,
+        "low_noise_model": ["C"] * 2,
+    }
+
+
 def test_a_run_of_experts_that_was_given_up_is_not_continued() -> None:
     pipe, plain = experts(), experts()
     rules = {"threshold": math.inf, "retention_ratio": 0.2, "num_inference_steps": 20}

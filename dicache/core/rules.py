@@ -26,6 +26,7 @@ class Rules:
         packs: Whether the cache's tensors are kept in another form than operators take.
         needs_num_steps: Whether a rule depends on the length of the run.
         counts_calls: Whether it matters to retention which branch of a step is called first.
+        is_hopeful: Whether the errors decide, so that a run in which nothing was reused is news.
 
     The other attributes are the configuration's.
     """
@@ -40,6 +41,7 @@ class Rules:
     packs: bool
     needs_num_steps: bool
     counts_calls: bool
+    is_hopeful: bool
     reuse_at_threshold: bool
     compute_last_step: bool
     least_squares: bool
@@ -82,6 +84,7 @@ def resolve(config: DiCacheConfig, threshold: float | None = None) -> Rules:
         needs_num_steps=config.schedule is None
         and (config.retention_ratio > 0 or config.compute_last_step),
         counts_calls=config.retention_rounding == "calls",
+        is_hopeful=config.schedule is None and config.threshold != 0 and config.retention_ratio < 1,
         reuse_at_threshold=config.reuse_at_threshold,
         compute_last_step=config.compute_last_step,
         least_squares=config.alignment == "least_squares",

@@ -22,6 +22,9 @@ from .where import Where
 UNTOLD = "untold"  # in the statistics, calls of which nobody could tell the branch
 
 _MOST_RUNS = 64  # that callers with keys have at a time; the one that rested longest goes
+# A whole run of so few steps in which none was like the one before is likely to be of a distilled
+# model. One or two steps are no picture, but what warms a model up.
+_FEW_STEPS = range(3, 9)
 _FEW_MOMENTS = 4  # runs that end within them, one after another, look like requests in turns
 _TURNS = 2  # of them make their histories doubtful; one more is worth a word
 _TIMESTEP_WENT_BACK, _OTHER_REQUEST = "its timestep went back", "of another request"
@@ -67,6 +70,8 @@ class Timeline(Generic[State]):
 
     Attributes:
         run: That of the last call.
+        told: Causes of warnings that are given once a model. It outlives runs and `reset`.
+        peers: Those of other models that share its runs.
     """
 
     def __init__(
@@ -83,6 +88,8 @@ class Timeline(Generic[State]):
         self._restless = 0  # runs in a row that ended within their first moments
         self._told_of_turns = False
         self.run: Run[State] = Run(num_steps)
+        self.told: set[str] = set()
+        self.peers: list[Timeline[State]] = []
 
     def visit(self, where: Where) -> Visit[State]:
         """Count a call.
@@ -115,6 +122,20 @@ class Timeline(Generic[State]):
         if where.position is None and where.run is None:
             self._clock.begin(where.timestep)
         return self._begin(run, where, run.num_steps, 0)
+
+    def tell_of_few_steps(self, run: Run[State]) -> None:
+        """A branch took its last step: if the run had few and none was reused, say so, once."""
+        if "few steps" in self.told or not run.was_short:
+            return
+        if not any(stats.num_reused for stats in (run.stats, *(p.run.stats for p in self.peers))):
+            self.told.add("few steps")
+            run.warn("few steps", _NOTHING_TO_REUSE.format(run.num_steps))
+
+    def join(self, other: Timeline[State]) -> None:
+        """Share runs with another model's: what either reused was reused."""
+        for peer in (other, *other.peers):
+            self.peers.append(peer)
+            peer.peers.append(self)
 
     def forget(self, name: str) -> None:
         """Free what is kept for the branch of this name."""
@@ -246,6 +267,7 @@ class Run(Generic[State]):
         branches: Those of its calls.
         stats: What it did.
         is_noisy: Whether its tokens showed that every step brings new noise.
+        is_overruled: Whether a caller computed a step that might have been reused.
     """
 
     def __init__(
@@ -258,7 +280,7 @@ class Run(Generic[State]):
         self.position: int | None = None
         self.branches: Branches[State] = Branches(missed)
         self.stats = RunStats()
-        self.is_noisy = False
+        self.is_noisy = self.is_overruled = False
         self._num_untold = 0
         self._warned: set[str] = set()
 
@@ -305,6 +327,22 @@ class Run(Generic[State]):
         """Whether it ended early; a run that is planned for so few has not."""
         steps = max(self.moments, *(branch.next_step for branch in self.branches), 0)
         return steps - self.missed <= _FEW_MOMENTS and steps != self.num_steps
+
+    @property
+    def was_short(self) -> bool:
+        """Whether it has no more steps than a few, and nothing but their errors had them computed.
+
+        Asked in its last moment, in which a branch that was called in the one before is still to
+        come.
+        """
+        steps = self.num_steps
+        if steps is None or steps not in _FEW_STEPS or self._warned or self.is_overruled:
+            return False
+        is_timed = self.moment is not None
+        return all(
+            branch.next_step >= steps or (is_timed and self.moments - branch.seen_at != 1)
+            for branch in self.branches
+        )
 
     def new_group(self, where: Where) -> Group[State] | None:
         """The group of a prompt that was not there yet; `None` if nobody can tell."""
@@ -356,6 +394,12 @@ _OTHER_NUMBER_OF_CALLS = (
     "changed, so it cannot be told which is which. They are computed until their number stays. "
     "Calls at one timestep are one step; where steps share a rounded timestep, apply the cache to "
     "the pipeline, whose scheduler tells them apart."
+)
+_NOTHING_TO_REUSE = (
+    "None of the {} steps of this run was like enough to the one before to be reused. Those of a "
+    "distilled model lie far apart, and fewer than about ten steps gain nothing from this cache. "
+    "Take it off (remove_dicache), give the run more steps, or raise DiCacheConfig(threshold=...), "
+    "which costs quality. This is said once."
 )
 _TOO_MANY = (
     f"The transformer is called more than {MOST_BRANCHES} times a step (calls at one timestep are "

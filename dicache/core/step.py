@@ -451,6 +451,7 @@ class Step:
         """The step is computed, also where it might have been reused."""
         if self.action == "reuse":
             self._queued = None
+            self._visit.run.is_overruled = True
             self._decision = self._decision.resumed()
 
     def _inputs_of(self, given: tuple[Tensor, Tensor] | None) -> tuple[Trajectory, Inputs]:
@@ -494,6 +495,8 @@ class Step:
         if self._tokens is not None:
             self._context.note_tokens(self.where.moment, self._tokens)
         self._context.has_history = is_kept
+        if self._visit.is_last and self._rules.is_hopeful:
+            self._timeline.tell_of_few_steps(self._visit.run)
 
     # --- the trajectory ---
 

@@ -81,6 +81,7 @@ class Cache:
     def __init__(self, rules: Rules, start: float = 0.0, end: float = 1.0) -> None:
         self._rules, self._start, self._end = rules, start, end
         self._run: Run | None = None
+        self._told: set[str] = set()
         self.last: list[RunStats] = []
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -132,7 +133,7 @@ class Cache:
         most = math.inf if self._start <= 0 else float(sampling.percent_to_sigma(self._start))
         least = 0.0 if self._end >= 1 else float(sampling.percent_to_sigma(self._end))
         window = (most, least)
-        return Run(self._rules, patcher.model, blocks, sigmas.tolist(), window, sampler)
+        return Run(self._rules, patcher.model, blocks, sigmas.tolist(), window, sampler, self._told)
 
 
 def _blocks(model: Any, depth: int) -> list[Block]:

@@ -30,6 +30,7 @@ class Run:
         sigmas: Of the run.
         window: Largest and smallest sigma of steps that may be reused.
         sampler: ComfyUI's sampler.
+        told: See `Timeline.told`; every run has a timeline of its own.
 
     Attributes:
         is_off: Whether all further calls are left alone.
@@ -44,10 +45,13 @@ class Run:
         sigmas: Sequence[float],
         window: tuple[float, float] = (math.inf, 0.0),
         sampler: Any = None,
+        told: set[str] | None = None,
     ) -> None:
         self.model, self.is_off = model, False
         self._blocks, self._window = blocks, window
         self._session = DiCacheSession(rules)
+        if told is not None:
+            self._session.timeline.told = told
         self._locator = Locator(sigmas, sampler)
         self.stats: list[RunStats] = []
         self._num_calls = self._num_run = 0

@@ -63,6 +63,9 @@ def apply(model: Any, config: DiCacheConfig) -> None:
     caches = []
     for transformer, family in _transformers(model):
         caches.append(Cache(transformer, family, config))
+    first, *others = (cache.session.timeline for cache in caches)
+    for timeline in others:  # experts of one run
+        timeline.join(first)
     for cache in caches:  # only now, so that an error above leaves every transformer as it was
         cache.attach(model if is_pipeline(model) else None)
 

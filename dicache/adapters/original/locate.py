@@ -41,6 +41,8 @@ class Experts:
 
     def join(self, expert: object, session: DiCacheSession) -> None:
         """One of them has this session."""
+        for known in [*self._sessions.values()][:1]:
+            session.timeline.join(known.timeline)
         self._sessions[expert] = session
 
     def place(self, expert: object, where: Where) -> Where:
