@@ -13,6 +13,8 @@ from .core.session import DiCacheSession
 from .core.warning import DiCacheWarning
 from .core.where import Where
 from .driver.families import BlockStack, ModelFamily, register_family
+from .profile import Profile
+from .profiling import calibrate
 from .sparse_videogen import (
     SparseVideoGenConfig,
     SparseVideoGenStats,
@@ -29,6 +31,7 @@ __all__ = [
     "DiCacheSession",
     "DiCacheWarning",
     "ModelFamily",
+    "Profile",
     "RunStats",
     "SparseVideoGenConfig",
     "SparseVideoGenStats",
@@ -36,6 +39,7 @@ __all__ = [
     "Where",
     "apply_dicache",
     "apply_sparse_videogen",
+    "calibrate",
     "get_sparse_videogen_stats",
     "get_stats",
     "register_family",

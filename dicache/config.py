@@ -7,12 +7,14 @@ field is checked when the object is made, so a typo fails at once and not in the
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from .error_rules import ERROR_RULES
+from .profile import Profile
 
 _ROUNDINGS = ("floor", "nearest", "next", "calls")
 _ALIGNMENTS = ("l1", "least_squares")
@@ -70,6 +72,18 @@ class DiCacheConfig:
             model's own. In both cases operators work on the model's dtypes.
         cache_device: `"cpu"` keeps it in host memory, pinned where the model is on a GPU, and
             copies it back for the steps that need it. `None` keeps it where the model is.
+        profile: What `dicache.calibrate` learned of this model, or the path of a file with it. A
+            reused step is then filled in by weights of the three last computed steps that were
+            fitted to the model, and which steps are computed is planned before the run, unless
+            `threshold` or `schedule` is given. One tensor more is kept a context.
+        target_speedup: With a profile: block work of the un-cached run over that of the planned
+            one, probes included. `None`, and no other target: what the rules without a profile
+            would cost.
+        target_psnr: With a profile whose gains are measured: the expected PSNR, in dB, of what the
+            run returns, over the samples of the calibration.
+        veto: With a plan: a step is computed all the same where the probe's misfit is more than
+            this many times what the calibration saw. `None` follows the plan whatever the probe
+            shows, and no step waits for the device.
 
     Raises:
         ValueError: A field has a value outside its range; the message names all three.
@@ -92,6 +106,10 @@ class DiCacheConfig:
     backend: str = "auto"
     cache_dtype: torch.dtype | None = None
     cache_device: str | None = None
+    profile: Profile | str | os.PathLike[str] | None = None
+    target_speedup: float | None = None
+    target_psnr: float | None = None
+    veto: float | None = 3.0
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
@@ -115,6 +133,7 @@ class DiCacheConfig:
         self._check("cache_device", self.cache_device in (None, "cpu"), "None or 'cpu'")
         self._check_gamma_range()
         self._check_schedule()
+        self._check_profile()
         if ERROR_RULES[self.error].verifies_alignment and self.alignment != "least_squares":
             raise ValueError(
                 f"error={self.error!r} is the misfit of the least-squares gamma, but alignment is "
@@ -180,6 +199,42 @@ class DiCacheConfig:
         valid = valid and (high is None or _is_number(high, low))
         self._check("gamma_range", valid, expected)
         object.__setattr__(self, "gamma_range", (low, high))  # a list would not be hashable
+
+    def _check_profile(self) -> None:
+        if isinstance(self.profile, (str, os.PathLike)):
+            object.__setattr__(self, "profile", Profile.load(self.profile))
+        self._check(
+            "profile",
+            self.profile is None or isinstance(self.profile, Profile),
+            "None, a Profile or the path of one",
+        )
+        self._check(
+            "target_speedup",
+            self.target_speedup is None or _is_number(self.target_speedup, 1),
+            "None or a number >= 1",
+        )
+        self._check(
+            "target_psnr",
+            self.target_psnr is None or _is_number(self.target_psnr, 0),
+            "None or a number of dB > 0",
+        )
+        self._check("veto", self.veto is None or _is_number(self.veto, 1), "None or a number >= 1")
+        deciding = ("threshold", "schedule", "target_speedup", "target_psnr")
+        given = [name for name in deciding if getattr(self, name) is not None]
+        targets = [name for name in given if name.startswith("target")]
+        if targets and self.profile is None:
+            raise ValueError(
+                f"{targets[0]} is {getattr(self, targets[0])} and there is no profile. Give "
+                f"profile=..., which dicache.calibrate or `dicache tune` makes for your model."
+            )
+        if targets and len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given. Expected one of them.")
+        verifies = ERROR_RULES[self.error].verifies_alignment
+        if self.profile is not None and not verifies:
+            raise ValueError(
+                f"error is {self.error!r} and a profile is given, whose weights belong to the "
+                f"misfit of the trajectory. Expected error='weighted_alignment' or 'alignment'."
+            )
 
     def _check_schedule(self) -> None:
         if self.schedule is None:

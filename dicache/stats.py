@@ -25,6 +25,8 @@ class StepRecord:
             for `"compute"`.
         gamma: Weight of the newest residual that was used; `None` unless the action is `"reuse"`.
         sample: Row of the batch that this decision was for; `None` for the whole batch.
+        weights: (w1, w2, w3) of the last computed residuals, where a profile gave them; gamma is
+            `None` then.
     """
 
     step: int
@@ -33,6 +35,7 @@ class StepRecord:
     accumulated_error: float | None = None
     gamma: float | None = None
     sample: int | None = None
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import DiCacheConfig
+from ..core.session import DiCacheSession
 from ..stats import RunStats
 from .diffusers import table as table  # registers its families
 from .diffusers.autoload import teach_diffusers
@@ -51,6 +52,15 @@ def reset_dicache(model_or_holder: Any) -> None:
     """
     for session in _adapter_of(model_or_holder).sessions(model_or_holder).values():
         session.reset()
+
+
+def sessions_of(model_or_holder: Any) -> dict[str, DiCacheSession]:
+    """The sessions of a model, or of a pipeline's or holder's, by their names.
+
+    Raises:
+        ValueError: There is no cache on the model.
+    """
+    return _adapter_of(model_or_holder).sessions(model_or_holder)
 
 
 def get_stats(model_or_holder: Any) -> RunStats | dict[str, RunStats]:

@@ -46,6 +46,7 @@ class Place(NamedTuple):
     Attributes:
         begins: Whether a run begins: `set_timesteps` was called since the call before.
         num_steps: Number of steps of the run.
+        timesteps: Of all its steps, as the scheduler counts them.
         is_last: Whether this is the last one.
         position: Place in the run, from 0.
         timestep: As the scheduler counts it.
@@ -64,6 +65,7 @@ class Place(NamedTuple):
     check: Check | None = None
     is_noisy: bool = False
     missed: int = 0
+    timesteps: tuple[float, ...] | None = None
 
 
 NOWHERE = Place()
@@ -87,6 +89,7 @@ class Schedule:
         self._timesteps: weakref.ref[Any] | None = None
         self._known: list[float] = []  # the same on the host
         self._begin = 0  # where the run began in these timesteps
+        self._of_run: tuple[int, tuple[float, ...]] | None = None  # from where on, and which
         self._scale = 1.0  # what the model is given, relative to them
         self._last_seen: tuple[Any, int | None] = (None, None)  # timestep and position
         # Calls with a timestep tensor of their own at this position, and at an earlier one: for
@@ -138,7 +141,14 @@ class Schedule:
         known, first = self._known[index], self._known[begin]
         check = Check(timestep, _Promise(self, timestep.dtype, known))
         place = index - begin
-        return Place(begins, num_steps, is_last, place, known, first, check, self._is_noisy)
+        noisy, timesteps = self._is_noisy, self._timesteps_from(begin)
+        return Place(begins, num_steps, is_last, place, known, first, check, noisy, 0, timesteps)
+
+    def _timesteps_from(self, begin: int) -> tuple[float, ...]:
+        """Those of a run that began here."""
+        if self._of_run is None or self._of_run[0] != begin:
+            self._of_run = begin, tuple(self._known[begin:])
+        return self._of_run[1]
 
     @property
     def _last_position(self) -> int:
@@ -176,6 +186,7 @@ class Schedule:
         scheduler = self._scheduler
         self._timesteps = weakref.ref(scheduler.timesteps)
         (self._known,) = Readback(torch.as_tensor(scheduler.timesteps)).wait()
+        self._of_run = None
         first = as_number(timestep)
         begin = getattr(scheduler, "begin_index", None)
         if begin is None:

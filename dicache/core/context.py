@@ -7,10 +7,15 @@ from collections.abc import Hashable
 from torch import Tensor
 
 from .behind import Added, Prompt
-from .gate import Gate
+from .calibration import Plan
+from .extrapolation import Extrapolation
+from .gate import Gate, PlannedGate
 from .moves import FirstMoves
+from .readback import Readback, one_number
+from .recorder import Recorder
 from .rules import Rules
 from .trajectory import Trajectory
+from .where import Check
 
 
 class Context:
@@ -18,6 +23,8 @@ class Context:
 
     Attributes:
         rules: What it decides by.
+        extrapolation: Calibrated weights, where there are some.
+        plan: What is computed, where that is planned.
         gates: One for the whole batch, or one a sample.
         trajectory: `None` until the first step is recorded.
         computes_in: State of what lies behind the probe, in which the trajectory's entries are.
@@ -27,12 +34,15 @@ class Context:
             other one knows nothing of a trajectory that spans a pause.
         has_gradients: Whether the last step that was recorded had gradients.
         added, prompt: Watch what tokens meet behind the probe.
+        recorder: Notes computed steps for a profile.
         moves: Watches where the tokens go in the run's first steps.
     """
 
-    def __init__(self, rules: Rules) -> None:
-        self.rules = rules
-        self.gates = [Gate(rules)]
+    def __init__(
+        self, rules: Rules, extrapolation: Extrapolation | None = None, plan: Plan | None = None
+    ) -> None:
+        self.rules, self.extrapolation, self.plan = rules, extrapolation, plan
+        self.gates = [self._make_gate()]
         self.trajectory: Trajectory | None = None
         self.has_history = False
         self.to_compute = 0
@@ -40,6 +50,8 @@ class Context:
         self.has_gradients = False
         self.computes_in: Hashable = None
         self.added, self.prompt, self.moves = Added(), Prompt(), FirstMoves()
+        self.recorder: Recorder | None = None
+        self._promised: tuple[Readback, Check] | None = None
         self._tokens: list[tuple[Hashable, Tensor]] = []  # moments and samples of the last steps' x
 
     def change_state(self, computes_in: Hashable) -> None:
@@ -55,6 +67,8 @@ class Context:
 
     def drop_entries(self, sample: int | None = None) -> None:
         """Forget the trajectory's entries, of a sample or of all."""
+        for gate in self.gates if sample is None else [self.gates[sample]]:
+            gate.forget_entries()
         if self.trajectory is not None:
             self.trajectory.drop_entries(sample)
         if sample is None:
@@ -74,9 +88,41 @@ class Context:
         """
         trajectory = Trajectory(self.rules, x, p)
         if self.rules.by_sample:
-            self.gates = [Gate(self.rules) for _ in range(x.shape[0])]
+            self.gates = [self._make_gate() for _ in range(x.shape[0])]
         self.trajectory = trajectory  # now that it is whole
         return trajectory
+
+    def weights(self, step: int) -> list[tuple[float, ...]] | None:
+        """Calibrated weights of every gate's samples at a step; `None` without them."""
+        known = self.extrapolation
+        if known is None:
+            return None
+        rows = [
+            known.weights(step, gate.entries) if known.knows(step, gate.entries) else None
+            for gate in self.gates
+        ]
+        if all(row is None for row in rows):
+            return None
+        return [(0.0, 0.0, 0.0) if row is None else row for row in rows]  # others are computed
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether the plan is followed whatever the probe shows."""
+        return self.plan is not None and self.rules.veto is None
+
+    def promise(self, check: Check) -> None:
+        """A step is reused on this condition, which the next one looks at: nothing waits for it."""
+        self._promised = Readback(one_number(check.value)), check
+
+    def owes_a_promise(self) -> bool:
+        """Whether the condition of the step before did not hold: it was another run's."""
+        if self._promised is None:
+            return False
+        (readback, check), self._promised = self._promised, None
+        return not check.holds(readback.wait()[0])
+
+    def _make_gate(self) -> Gate:
+        return Gate(self.rules) if self.plan is None else PlannedGate(self.rules, self.plan)
 
     def note_tokens(self, moment: Hashable, tokens: Tensor) -> None:
         """A step of this moment began with tokens x, of which this is a sample."""

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import math
 
+from .calibration import Plan
+from .extrapolation import Entries
 from .rules import Rules
 
 
 class Gate:
-    """Online Probe Profiling (arXiv 2508.17356): accumulate the error, reuse while it is small."""
+    """Online Probe Profiling (arXiv 2508.17356): accumulate the error, reuse while it is small.
+
+    Attributes:
+        rules: What it decides by.
+        accumulated_error: What was compared with the threshold last.
+        consecutive_reuse: Reused steps in a row, up to now.
+        entries: The last computed steps that can be used, newest first.
+    """
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.accumulated_error = 0.0
         self.consecutive_reuse = 0
+        self.entries: Entries = ()
 
     def wants_probe(
         self, step: int, num_steps: int | None, is_last: bool, follows: bool = False
@@ -41,7 +51,9 @@ class Gate:
             return True
         return step >= rules.config.retained_steps(num_steps, follows)
 
-    def decide(self, error: float, gamma: float, leader_reuses: bool | None = None) -> str:
+    def decide(
+        self, step: int, error: float, gamma: float, leader_reuses: bool | None = None
+    ) -> str:
         """ "reuse" or "resume" for a probed step; `accumulated_error` then holds what was compared.
 
         A non-finite error or gamma resumes. Else, where another gate leads, its answer is taken,
@@ -67,13 +79,76 @@ class Gate:
         return equal or self.accumulated_error < rules.threshold
 
     @property
+    def counts_size(self) -> bool:
+        """Whether errors are weighed by the size of the step."""
+        return self.rules.error.weighted
+
+    @property
     def _is_at_limit(self) -> bool:
         """Whether so many steps in a row were reused that the next one has to be computed."""
         limit = self.rules.max_consecutive_reuse
         return limit is not None and self.consecutive_reuse >= limit
 
-    def finish(self, reused: bool) -> None:
+    def finish(self, step: int, reused: bool) -> None:
         """Count a reused step, or start anew after a computed one."""
         self.consecutive_reuse = self.consecutive_reuse + 1 if reused else 0
         if not reused:
             self.accumulated_error = 0.0
+            self.entries = (step, *self.entries[:2])
+
+    def forget_entries(self) -> None:
+        """The entries cannot be used any more."""
+        self.entries = ()
+
+
+class PlannedGate(Gate):
+    """Follows a plan; the probe may object.
+
+    A step that the plan reuses is computed all the same where the trajectory's misfit on the probe
+    is more than `veto` times what the calibration saw there. The rest is planned anew from where
+    the run stands, with one computed step less to come, unless that would double its error.
+    """
+
+    def __init__(self, rules: Rules, plan: Plan) -> None:
+        super().__init__(rules)
+        self.plan = plan
+        self._left = plan.computed
+        self.num_vetoes = 0
+
+    def wants_probe(
+        self, step: int, num_steps: int | None, is_last: bool, follows: bool = False
+    ) -> bool:
+        return bool(self.entries) and self.plan.reuses(step, self.entries, self._left)
+
+    def decide(
+        self, step: int, error: float, gamma: float, leader_reuses: bool | None = None
+    ) -> str:
+        self.accumulated_error = error
+        if not (math.isfinite(error) and math.isfinite(gamma)):
+            return "resume"
+        if not self.wants_probe(step, None, False):  # another sample of the batch wants it
+            return "resume"
+        if leader_reuses is not None:
+            return "reuse" if leader_reuses else "resume"
+        limit = self.rules.veto
+        expected = self.plan.misfit(step, self.entries)
+        return "reuse" if limit is None or error <= limit * expected else "resume"
+
+    def may_reuse(self) -> bool:
+        return True
+
+    @property
+    def counts_size(self) -> bool:
+        return False
+
+    def finish(self, step: int, reused: bool) -> None:
+        is_veto = not reused and self.wants_probe(step, None, False)
+        before = self.entries
+        super().finish(step, reused)
+        if reused:
+            return
+        if is_veto:
+            self.num_vetoes += 1
+            if self.plan.is_too_dear(before, self._left, self.entries):
+                return
+        self._left = max(self._left - 1, 0)

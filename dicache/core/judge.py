@@ -43,23 +43,31 @@ COMPUTE = Decision("compute")
 
 
 def judge(
-    gate: Gate, error: float, gamma: float, size: float = 1.0, follows: bool | None = None
+    gate: Gate,
+    step: int,
+    error: float,
+    gamma: float,
+    size: float = 1.0,
+    follows: bool | None = None,
 ) -> Decision:
     """The decision of one gate.
 
     Args:
         gate: Of the branch, or of the sample.
+        step: Its index in the run.
         error, gamma: What the probe showed.
         size: The step's size relative to the run's mean, for errors that count it.
         follows: Whether the gate that decides for this one reuses; `None`: it decides for itself.
     """
-    if gate.rules.error.weighted:
+    if gate.counts_size:
         error *= size
-    return Decision(gate.decide(error, gamma, follows), error, gate.accumulated_error, gamma)
+    action = gate.decide(step, error, gamma, follows)
+    return Decision(action, error, gate.accumulated_error, gamma)
 
 
 def judge_samples(
     gates: Sequence[Gate],
+    step: int,
     numbers: Sequence[Sequence[float]],
     size: float = 1.0,
     leaders: Sequence[int] | None = None,
@@ -69,6 +77,7 @@ def judge_samples(
 
     Args:
         gates: Of the samples.
+        step: Its index in the run.
         numbers: (error, gamma) of every sample.
         size: As for `judge`.
         leaders: The sample that decides for each one, itself or an earlier one; by the mean of what
@@ -84,11 +93,24 @@ def judge_samples(
     for sample, (gate, (error, gamma)) in enumerate(zip(gates, numbers, strict=True)):
         leader = leaders[sample]
         if leader < sample:
-            judged.append(judge(gate, error, gamma, size, judged[leader].action == "reuse"))
+            does_reuse = judged[leader].action == "reuse"
+            judged.append(judge(gate, step, error, gamma, size, does_reuse))
             continue
         if math.isfinite(error):
             error = _mean_error(numbers, leaders, sample)
-        judged.append(judge(gate, error, gamma, size, None if follows is None else follows[sample]))
+        follow = None if follows is None else follows[sample]
+        judged.append(judge(gate, step, error, gamma, size, follow))
+    reuses_all = all(decision.action == "reuse" for decision in judged)
+    return Decision("reuse" if reuses_all else "resume", samples=tuple(judged))
+
+
+def follow_plan(gates: Sequence[Gate], step: int, by_sample: bool) -> Decision:
+    """What a plan says, whatever the probe would show."""
+    judged = [
+        Decision("reuse" if gate.wants_probe(step, None, False) else "resume") for gate in gates
+    ]
+    if not by_sample:
+        return judged[0]
     reuses_all = all(decision.action == "reuse" for decision in judged)
     return Decision("reuse" if reuses_all else "resume", samples=tuple(judged))
 

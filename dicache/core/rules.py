@@ -9,6 +9,8 @@ import torch
 
 from ..config import DiCacheConfig
 from ..error_rules import ERROR_RULES, ErrorRule
+from ..profile import Profile
+from .calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Rules:
         needs_num_steps: Whether a rule depends on the length of the run.
         counts_calls: Whether it matters to retention which branch of a step is called first.
         is_hopeful: Whether the errors decide, so that a run in which nothing was reused is news.
+        calibration: What the configuration's profile means here, if it has one.
 
     The other attributes are the configuration's.
     """
@@ -42,6 +45,8 @@ class Rules:
     needs_num_steps: bool
     counts_calls: bool
     is_hopeful: bool
+    calibration: Calibration | None
+    veto: float | None
     reuse_at_threshold: bool
     compute_last_step: bool
     least_squares: bool
@@ -52,28 +57,37 @@ class Rules:
     cache_device: str | None
 
 
-def resolve(config: DiCacheConfig, threshold: float | None = None) -> Rules:
+def resolve(
+    config: DiCacheConfig, threshold: float | None = None, model: str | None = None
+) -> Rules:
     """The rules that a configuration stands for.
 
     Args:
         config: What the user said.
         threshold: What `DiCacheConfig(threshold=None)` means here: a model family's own value.
+        model: The name of the configuration's profile for this model; `None`: it has but one.
 
     Raises:
-        ValueError: Neither gives a threshold, and there is no schedule.
+        ValueError: Neither gives a threshold, and there is no schedule or target; or the profile
+            cannot give what is asked of it.
     """
+    calibration = None
+    if isinstance(config.profile, Profile):
+        name = next(iter(config.profile.models)) if model is None else model
+        calibration = Calibration(config.profile, name, config, threshold)
     is_default = config.threshold is None and config.schedule is None
-    if is_default and threshold is None:
+    has_plan = calibration is not None and calibration.computed is not None
+    if is_default and threshold is None and not has_plan:
         raise ValueError(
             "threshold is None, which stands for a model family's own value, and no model is "
             "known here. Give DiCacheConfig(threshold=...) a number."
         )
-    if config.threshold is None:
+    if config.threshold is None and not has_plan:
         config = replace(config, threshold=threshold)
     low, high = config.gamma_range
     return Rules(
         config=config,
-        threshold=math.inf if config.threshold is None else config.threshold,
+        threshold=_threshold(config, threshold if has_plan else config.threshold),
         is_default=is_default,
         error=ERROR_RULES[config.error],
         gamma_range=(float(low), math.inf if high is None else float(high)),
@@ -85,6 +99,8 @@ def resolve(config: DiCacheConfig, threshold: float | None = None) -> Rules:
         and (config.retention_ratio > 0 or config.compute_last_step),
         counts_calls=config.retention_rounding == "calls",
         is_hopeful=config.schedule is None and config.threshold != 0 and config.retention_ratio < 1,
+        calibration=calibration,
+        veto=config.veto,
         reuse_at_threshold=config.reuse_at_threshold,
         compute_last_step=config.compute_last_step,
         least_squares=config.alignment == "least_squares",
@@ -94,3 +110,10 @@ def resolve(config: DiCacheConfig, threshold: float | None = None) -> Rules:
         cache_dtype=config.cache_dtype,
         cache_device=config.cache_device,
     )
+
+
+def _threshold(config: DiCacheConfig, threshold: float | None) -> float:
+    """Infinite under a schedule. Beside a plan it decides in runs that the plan is not for."""
+    if config.schedule is not None:
+        return math.inf
+    return 0.0 if threshold is None else threshold

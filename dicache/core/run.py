@@ -202,6 +202,7 @@ class Timeline(Generic[State]):
             self.end(next(iter(self._runs)))
         first = where.timestep if where.first_timestep is None else where.first_timestep
         run: Run[State] = Run(steps, first, missed)
+        run.timesteps = where.timesteps
         if ended is not None and where.moment is not None and ended.moment == where.moment:
             if not ended.is_full:
                 run.branches.displace(ended.branches)
@@ -260,6 +261,7 @@ class Run(Generic[State]):
     Attributes:
         num_steps: Number N of its steps; `None` where nobody said it.
         first_timestep: Where it began.
+        timesteps: Of all its steps, where they are known before.
         missed: Steps that were over before it was known to be one run.
         moments: Steps so far, the missed ones included.
         first_moment: Of its first call.
@@ -274,6 +276,7 @@ class Run(Generic[State]):
         self, num_steps: int | None, first_timestep: float | None = None, missed: int = 0
     ) -> None:
         self.num_steps, self.first_timestep, self.missed = num_steps, first_timestep, missed
+        self.timesteps: tuple[float, ...] | None = None
         self.moments = missed
         self.first_moment: Hashable = None
         self.moment: Hashable = None

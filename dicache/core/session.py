@@ -25,9 +25,11 @@ from torch import Tensor
 
 from ..config import DiCacheConfig
 from ..ops import resolve_backend
+from ..profile import Identity
 from ..stats import RunStats
 from .context import Context
 from .readback import as_number
+from .recorder import Recorder
 from .rules import Rules, resolve
 from .run import Timeline
 from .step import Step
@@ -49,6 +51,8 @@ class DiCacheSession:
     Attributes:
         rules: What it decides by.
         rules_of: Rules of single branches, by name, where they are other ones; empty at first.
+        recorder: Notes the steps of runs that begin from now on, for a profile.
+        identity: Which model it is of, where somebody said it.
         timeline: Finds out which step of which run a call is.
     """
 
@@ -56,6 +60,8 @@ class DiCacheSession:
         self.rules = rules if isinstance(rules, Rules) else resolve(rules)
         resolve_backend(self.rules.backend)  # an absent one is refused here, not in the first run
         self.rules_of: dict[str, Rules] = {}
+        self.recorder: Recorder | None = None
+        self.identity: Identity | None = None
         self.timeline: Timeline[Context] = Timeline(
             self._make_context,
             self.rules.config.num_inference_steps,
@@ -125,4 +131,38 @@ class DiCacheSession:
         self.timeline.run.warn(cause, message)
 
     def _make_context(self, name: str) -> Context:
-        return Context(self.rules_of.get(name, self.rules))
+        context = self._new_context(name)
+        context.recorder = self.recorder
+        return context
+
+    def _new_context(self, name: str) -> Context:
+        rules = self.rules_of.get(name, self.rules)
+        calibration, run = rules.calibration, self.timeline.run
+        if calibration is None:
+            return Context(rules)
+        fitting = calibration.for_run(run.num_steps, run.timesteps)
+        if fitting is None:
+            run.warn("profile", _OTHER_STEPS.format(calibration.num_steps, run.num_steps))
+            return Context(rules)
+        if fitting is not calibration:
+            run.warn("profile", _RESAMPLED.format(calibration.num_steps, run.num_steps))
+        calibration = fitting
+        extrapolation = calibration.extrapolation(name)
+        if extrapolation is None:
+            known = ", ".join(map(repr, calibration.contexts))
+            run.warn("profile", _OTHER_CONTEXT.format(name, known))
+        return Context(rules, extrapolation, calibration.plan(name))
+
+
+_OTHER_STEPS = (
+    "The profile was calibrated in runs of {} steps and this one has {}, so the rules without a "
+    "profile decide. Calibrate in a run like this one."
+)
+_RESAMPLED = (
+    "The profile was calibrated in runs of {} steps and this one has {}, or other timesteps, so "
+    "what it says is interpolated. A profile of a run like this one would be better."
+)
+_OTHER_CONTEXT = (
+    "The profile does not know the branch {!r} of guidance, only {}, so the rules without a "
+    "profile decide there. Calibrate with the guidance that is used."
+)

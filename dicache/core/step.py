@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..stats import MOST_RECORDS, StepRecord
 from .context import Context
-from .judge import COMPUTE, Decision, judge, judge_samples
+from .judge import COMPUTE, Decision, follow_plan, judge, judge_samples
 from .readback import Readback, one_number
 from .rules import Rules
 from .run import UNTOLD, Run, Timeline, Visit
@@ -58,6 +58,7 @@ class Step:
         "_timeline",
         "_tokens",
         "_visit",
+        "_weights",
         "index",
         "is_done",
         "name",
@@ -84,7 +85,8 @@ class Step:
         self.rows: list[int] | None = None
         self._decision = COMPUTE
         self._gamma: Tensor | None = None  # [B]
-        self._queued: Tensor | None = None  # the reused tokens, where `probe` began with them
+        self._weights: list[tuple[float, ...]] | None = None  # calibrated ones, a row a gate
+        self._queued: Tensor | None = None  # the reused tokens
         self._inputs: Inputs | None = None  # x and p of a step that was resumed
         self._tokens: Tensor | None = None  # a sample of x, where it tells whose step it is
         self.is_done = False
@@ -126,7 +128,7 @@ class Step:
         if not self.is_done:
             self.is_done = True
             for gate in self._context.gates:
-                gate.finish(reused=False)
+                gate.finish(self.index, reused=False)
 
     def release(self) -> None:
         """Free what the branch keeps, after the run's last step: nobody reuses it any more.
@@ -185,31 +187,32 @@ class Step:
             self.needs_probe = False
             return self._decision
         self._note_tokens(x)
-        on_device, self._gamma = trajectory.measure(x, p)
-        asked = self._questions()
-        readback = (
-            Readback(on_device, *[each for each, _ in asked]) if asked else Readback(on_device)
-        )
+        self._weights = self._context.weights(self.index)
+        asked: list[Question] = []
+        if self._context.is_blind:
+            self._decision = self._judge(None)
+        else:
+            numbers, self._gamma = trajectory.measure(x, p)
+            asked.append((numbers, self._consider_numbers))
+        asked += self._questions()
+        readback = Readback(*[each for each, _ in asked])
         if trajectory.runs_ahead and any(gate.may_reuse() for gate in self._context.gates):
-            self._queued = trajectory.combine(x, self._gamma)
-        numbers, *answers = readback.wait()
-        self._decision = self._judge(numbers)
-        if asked:
-            for (_, consider), answer in zip(asked, answers, strict=True):
-                consider(answer)
+            self._queued = self._fill_in(trajectory, x, p)
+        for (_, consider), answer in zip(asked, readback.wait(), strict=True):
+            consider(answer)
         decision = self._decision
-        if decision.action == "reuse":
-            return decision
         if not decision.reuses_any:
             self._queued = None
-        else:  # samples disagree
+        elif self._queued is None:
+            self._queued = self._fill_in(trajectory, x, p)
+        if decision.reuses_any and decision.action != "reuse":  # samples disagree
             self.rows = [k for k, each in enumerate(decision.samples) if each.action != "reuse"]
-            if self._queued is None:
-                self._queued = trajectory.combine(x, self._gamma)
         return decision
 
     def reuse(self, x: Tensor) -> Tensor:
-        """End the step without its remaining blocks: y = x + r_old + gamma (r_new - r_old).
+        """End the step without its remaining blocks: y = x + r^, which `probe` made.
+
+        r^ = r_old + gamma (r_new - r_old), or by calibrated weights (`core.extrapolation`).
 
         Raises:
             RuntimeError: The decision is not `"reuse"`, or the step ended already.
@@ -219,9 +222,8 @@ class Step:
                 f"A step can be reused once, after `probe` decided so. Its action is "
                 f"{self.action!r}. Run the blocks and call `record`."
             )
-        trajectory = self._context.trajectory
-        assert trajectory is not None and self._gamma is not None  # probe saw both
-        y = trajectory.combine(x, self._gamma) if self._queued is None else self._queued
+        trajectory, y = self._context.trajectory, self._queued
+        assert trajectory is not None and y is not None  # made by probe
         self._queued = None
         trajectory.end_step()
         self._finish(self._visit.is_kept)
@@ -278,6 +280,7 @@ class Step:
             given = None if p is None or y is None else (x, p)
             trajectory, inputs = self._inputs_of(given)
             self._check_outputs(inputs, tokens)
+            self._note_for_profile(inputs, tokens)
             trajectory.record(inputs, tokens, self.rows)
             self._context.record(tokens)
             if not trajectory.is_counted:
@@ -295,6 +298,9 @@ class Step:
         """
         context, check = self._context, self.where.check
         asked: list[Question] = []
+        if context.is_blind and check is not None:  # its answer need not be waited for
+            context.promise(check)
+            check = None
         if self._visit.siblings is not None:
             asked.append((self._distances(), self._consider_distances))
         if context.added.is_watching and (added := context.added.ask()) is not None:
@@ -374,9 +380,24 @@ class Step:
                 self._decision = self._decision.resumed()
                 return
 
-    def _judge(self, numbers: list[list[float]]) -> Decision:
-        """What the gates say to (error, gamma) of every sample and, in the last row, the batch."""
+    def _consider_numbers(self, numbers: list[list[float]]) -> None:
+        self._decision = self._judge(numbers)
+
+    def _fill_in(self, trajectory: Trajectory, x: Tensor, p: Tensor) -> Tensor:
+        """The tokens of a reused step."""
+        if self._weights is not None:
+            return trajectory.extrapolate(x, p, self._weights)
+        assert self._gamma is not None  # measured
+        return trajectory.combine(x, self._gamma)
+
+    def _judge(self, numbers: list[list[float]] | None) -> Decision:
+        """What the gates say to (error, gamma) of every sample and, in the last row, the batch.
+
+        Without numbers the plan says it.
+        """
         rules, context, visit = self._rules, self._context, self._visit
+        if numbers is None:
+            return follow_plan(context.gates, self.index, rules.by_sample)
         branch, leader = visit.branch, None
         may_follow = rules.shares_decisions and not context.on_its_own
         if may_follow and branch is not None and len(self.stats.contexts) > 1:
@@ -387,11 +408,13 @@ class Step:
                 follows = [gate.consecutive_reuse > 0 for gate in leader.state.gates]
             if rules.shares_decisions:
                 leaders = self.where.leaders
-            decision = judge_samples(context.gates, numbers[:-1], visit.size, leaders, follows)
+            decision = judge_samples(
+                context.gates, self.index, numbers[:-1], visit.size, leaders, follows
+            )
         else:
             follow = None if leader is None else leader.state.gates[0].consecutive_reuse > 0
             error, gamma = numbers[-1]
-            decision = judge(context.gates[0], error, gamma, visit.size, follow)
+            decision = judge(context.gates[0], self.index, error, gamma, visit.size, follow)
             if decision.action == "reuse" or math.isfinite(error) and math.isfinite(gamma):
                 return decision
         self._drop_spoiled_entries(decision)
@@ -430,7 +453,12 @@ class Step:
         follows = False
         if rules.counts_calls and visit.branch is not None:
             follows = run.branches.leader_of(visit.branch, self.where) is not None
-        return context.gates[0].wants_probe(self.index, steps, visit.is_last, follows)
+        if context.owes_a_promise():
+            context.begin_anew()
+            return False
+        return any(
+            gate.wants_probe(self.index, steps, visit.is_last, follows) for gate in context.gates
+        )
 
     def _is_too_noisy(self) -> bool:
         """Whether noise in every step forbids a reuse: the default rules say so."""
@@ -481,15 +509,25 @@ class Step:
             filled[row] = tokens
         return filled
 
+    def _note_for_profile(self, inputs: Inputs, y: Tensor) -> None:
+        recorder = self._context.recorder
+        if recorder is not None and self.rows is None:
+            x, p = (torch.cat(each) for each in zip(*inputs, strict=True))
+            recorder.note(self.name, self.index, self.where.timestep, x, p, y)
+
     def _finish(self, is_kept: bool) -> None:
         decision, self.is_done = self._decision, True
         by_sample, records = self._rules.by_sample, self.stats.contexts[self.name]
         for sample, gate in enumerate(self._context.gates):
             each = decision.samples[sample] if decision.samples else decision
-            gamma = each.gamma if each.action == "reuse" else None
+            reused, weights = each.action == "reuse", None
+            if reused and self._weights is not None:
+                weights = self._weights[sample]
+            gamma = each.gamma if reused and weights is None else None
             numbers = (each.action, each.error, each.accumulated_error, gamma)
-            records.append(StepRecord(self.index, *numbers, sample if by_sample else None))
-            gate.finish(reused=each.action == "reuse")
+            which = sample if by_sample else None
+            records.append(StepRecord(self.index, *numbers, which, weights))
+            gate.finish(self.index, reused)
         if len(records) >= MOST_RECORDS:
             del records[: MOST_RECORDS // 2]
         if self._tokens is not None:

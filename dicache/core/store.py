@@ -24,6 +24,7 @@ from .rules import Rules
 BATCH_DIMENSION = {
     "probe_window": 1,  # [2, B, ...] residuals q of the two last computed steps
     "residual_window": 1,  # [2, B, ...] residuals r
+    "oldest_residual": 0,  # [B, ...] r of the computed step before those two
     "previous_probe": 0,  # [B, ...] p of the step before
     "previous_x": 0,  # [B, ...] x of the step before
 }

@@ -1,8 +1,9 @@
 """How to use the cache: the residuals of the two last computed steps, and how to combine them.
 
 A trajectory belongs to one context of one run. It owns every hidden-state sized tensor that the
-cache holds, allocated once and rewritten in place: two residual windows of two entries, and what
-the error of the rules remembers beside them. Where they are between two steps is the store's.
+cache holds, allocated once and rewritten in place: two residual windows of two entries, a third
+entry of r where weights are calibrated, and what the error of the rules remembers beside them.
+Where they are between two steps is the store's.
 
 Buffers lie in memory as the model's tokens do. HunyuanVideo's come out of a convolution as a
 transposed [B, D, S]; operators that work element by element need no copy in another order.
@@ -21,7 +22,8 @@ from .rules import Rules
 from .store import BATCH_DIMENSION, make_store
 
 _FP16_MAX = torch.finfo(torch.float16).max
-_PROBES, _RESIDUALS = "probe_window", "residual_window"
+_MOST_WEIGHTS = 1024
+_PROBES, _RESIDUALS, _OLDEST = "probe_window", "residual_window", "oldest_residual"
 
 # (x, p) of every part of the batch that is computed: of the whole batch, or of single samples.
 Inputs = list[tuple[Tensor, Tensor]]
@@ -55,6 +57,8 @@ class Trajectory:
             _PROBES: torch.zeros((2, *p.shape), dtype=p.dtype, device=p.device),
             _RESIDUALS: torch.zeros((2, *x.shape), dtype=x.dtype, device=x.device),
         }
+        if rules.calibration is not None:
+            tensors[_OLDEST] = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         for name in rules.error.buffers:
             like = x if name == "previous_x" else p
             tensors[name] = like.new_empty(like.shape)
@@ -72,6 +76,7 @@ class Trajectory:
         self._packs = self.store.packs
         self._arguments = self._arguments_of_statistics()
         self._stored_probe = False  # whether this step's p and x are in the previous-step buffers
+        self._weights: dict[tuple[tuple[float, ...], ...], Tensor] = {}
         self._x_dtype = x.dtype
         self._take_residuals()
         self.runs_ahead = x.is_cuda
@@ -115,9 +120,47 @@ class Trajectory:
         y = self._ops.combine_residuals(self._dense_x(x), self._residuals, self.newest, gamma)
         if self._packs:
             self.store.empty(_RESIDUALS)
+        return self._finished(y)
+
+    def extrapolate(self, x: Tensor, p: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
+        """y = x + r_a + w1 (r_a - r_b) + w2 (r_b - r_c) + w3 (p - x - q_a) [B, ...].
+
+        Args:
+            x, p: As for `measure`.
+            weights: (w1, w2, w3) of every sample, or one row for all.
+        """
+        on_device = self._weights_on_device(tuple(tuple(row) for row in weights))
+        names = (_RESIDUALS, _OLDEST, _PROBES)
+        if self._packs:
+            self.store.open(*names)
+        dense_p = _dense(self._view(p) if self._is_permuted else p)
+        r, oldest, q = (self.store[name] for name in names)
+        y = self._ops.extrapolate_residuals(
+            self._dense_x(x), dense_p, r, oldest, q, self.newest, on_device
+        )
+        if self._packs:
+            self.store.empty(*names)
+        return self._finished(y)
+
+    def _finished(self, y: Tensor) -> Tensor:
+        """The tokens of a reused step, as the model has them."""
         if y.dtype == torch.float16:  # its largest number is within reach of what models compute
             y.clamp_(-_FP16_MAX, _FP16_MAX)
         return self._view_back(y) if self._is_permuted else y
+
+    def _weights_on_device(self, weights: tuple[tuple[float, ...], ...]) -> Tensor:
+        """Weights [B, 3]. A schedule that repeats has few, and none is copied twice."""
+        known = self._weights.get(weights)
+        if known is None:
+            like = self.newest
+            wide = self._gamma_dtype
+            with torch.inference_mode(False):
+                host = torch.tensor(weights, dtype=wide, pin_memory=like.is_cuda)
+                known = host.to(like.device, non_blocking=True).expand(like.shape[0], -1)
+            if len(self._weights) >= _MOST_WEIGHTS:
+                self._weights.clear()
+            self._weights[weights] = known
+        return known
 
     @torch.no_grad()
     def park(self, x: Tensor, p: Tensor, samples: Sequence[int] | None = None) -> Inputs:
@@ -176,7 +219,7 @@ class Trajectory:
     def drop_entries(self, sample: int | None = None) -> None:
         """Forget the window, of a sample or of all: what is recorded next is its only entry."""
         for part in self._parts if sample is None else [self._parts[sample]]:
-            part.has_entry = False
+            part.has_entry = part._has_kept_oldest = False
         if sample is None:
             self.end_step()
 
@@ -189,7 +232,10 @@ class Trajectory:
 
     @property
     def num_tensors(self) -> int:
-        """Number of tensors of the hidden states' size: 4, 5 or, for delta_minus, 6."""
+        """Number of tensors of the hidden states' size: 4, 5 or, for delta_minus, 6.
+
+        One more where weights are calibrated.
+        """
         return sum(2 if BATCH_DIMENSION[name] else 1 for name in self._names)
 
     @property
@@ -225,10 +271,12 @@ class Trajectory:
         if self._residuals.dtype == dtype:
             return
         self.is_counted = False
-        self.store.convert(_RESIDUALS, dtype)
-        for part in self._parts:
-            part.take(_RESIDUALS, self.store[_RESIDUALS])
+        for name in {_RESIDUALS, _OLDEST} & {*self._names}:
+            self.store.convert(name, dtype)
+            for part in self._parts:
+                part.take(name, self.store[name])
         self._take_residuals()
+        self._weights.clear()
 
     def _take_residuals(self) -> None:
         self._residuals = self.store[_RESIDUALS]
@@ -293,6 +341,7 @@ class _Part:
             self.take(name, tensor)
         self.has_entry = False
         self._older_slot = 1  # host copy of 1 - newest: no device read to find the slot
+        self._has_kept_oldest = False
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Work on this tensor's samples from now on."""
@@ -308,6 +357,7 @@ class _Part:
 
     def park(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """See `Trajectory.park`."""
+        self._keep_oldest()
         views, slot = self._views, self._older_slot
         if "previous_x" in views:
             x = views["previous_x"]
@@ -325,9 +375,19 @@ class _Part:
         window = (views[_RESIDUALS], views[_PROBES], self._newest, self._entry_sums)
         x, p, y = _dense(x), _dense(p), _dense(y)
         is_first = not self.has_entry
+        self._keep_oldest()
         self._ops.record_residuals(x, p, y, *window, first=is_first, workspace=workspace)
         self.has_entry = True
         self._older_slot = 1 - self._older_slot
+        self._has_kept_oldest = False
+        if is_first and _OLDEST in views:  # a window's first entry stands in all places
+            views[_OLDEST].copy_(self._entries[_RESIDUALS][self._older_slot])
+
+    def _keep_oldest(self) -> None:
+        """Keep the entry that this step is going to overwrite; once a step."""
+        if _OLDEST in self._views and self.has_entry and not self._has_kept_oldest:
+            self._views[_OLDEST].copy_(self._entries[_RESIDUALS][self._older_slot])
+            self._has_kept_oldest = True
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class Where(NamedTuple):
         position: The step's place in the whole run, from 0. One that moved back begins a new run.
         num_steps: Number N of steps of the run; `None` takes the configuration's. Another one than
             before begins a new run.
+        timesteps: Those of all N steps, where they are known before the run.
         is_last: Whether this is the run's last step; `None` counts.
         timestep: The step's timestep. Where there is no position, one that moves against the run's
             direction begins a new run; equal ones do not.
@@ -77,6 +78,7 @@ class Where(NamedTuple):
     is_rounded: bool = False
     position: int | None = None
     num_steps: int | None = None
+    timesteps: tuple[float, ...] | None = None
     is_last: bool | None = None
     timestep: float | None = None
     first_timestep: float | None = None
@@ -89,6 +91,7 @@ class Where(NamedTuple):
     def without_place(self, timestep: float) -> Where:
         """The same call, of which nothing but its timestep is known to tell where it stands."""
         return self._replace(
+            timesteps=None,
             begins=False,
             missed=0,
             moment=timestep,

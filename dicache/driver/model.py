@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.rules import Rules
+from ..config import DiCacheConfig
+from ..core.rules import Rules, resolve
 from ..core.session import DiCacheSession
 from ..core.step import GRADIENTS, Step
+from ..error_rules import ERROR_RULES
+from ..profile import Identity, Profile
 from .blocks import BlockCall, roles_of
 from .bypass import Bypass, twin_class
 from .call import Call, Locator, Untouched
@@ -68,6 +71,7 @@ class CachedModel:
         blocks = family.blocks(model)
         self._check(blocks)
         self.session = DiCacheSession(rules, ascending_timesteps=family.ascending_timesteps)
+        self.session.identity = Identity.of(model, len(blocks))
         self.call: Call | None = None
         self.skips = False
         self.block_calls = [
@@ -347,6 +351,28 @@ _BLIND = (
     "its branches, say. Such a probe sees no change, so these steps are computed. Let guidance "
     "skip other layers, or set DiCacheConfig(probe_depth=...) to more blocks than it skips."
 )
+
+
+def rules_for(
+    config: DiCacheConfig, family: ModelFamily, model: nn.Module, name: str | None = None
+) -> Rules:
+    """What a configuration stands for, for one model.
+
+    Args:
+        config: What the user said.
+        family: The model's row.
+        model: The model.
+        name: The model's in its pipeline.
+
+    Raises:
+        ValueError: There is no threshold, or the profile does not fit.
+    """
+    threshold = family.threshold_for(ERROR_RULES[config.error], model)
+    profile = config.profile
+    if not isinstance(profile, Profile):
+        return resolve(config, threshold)
+    identity = Identity.of(model, len(family.blocks(model)))
+    return resolve(config, threshold, profile.name_of(name, identity, config.probe_depth))
 
 
 def _check_fit(block: Any, stack: BlockStack) -> None:

@@ -7,12 +7,10 @@ from typing import Any
 from torch import nn
 
 from ...config import DiCacheConfig
-from ...core.rules import resolve
 from ...core.session import DiCacheSession
 from ...core.warning import warn_user
 from ...driver.families import ModelFamily, find_family, supported_families
-from ...driver.model import CachedModel
-from ...error_rules import ERROR_RULES
+from ...driver.model import CachedModel, rules_for
 from .components import class_names, components_of, is_pipeline
 from .other_caches import begin_refusing, refuse_others_before, stop_refusing
 from .site import Site, find_feature, find_site
@@ -28,11 +26,13 @@ class Cache:
         ValueError: The transformer cannot take it; nothing was changed.
     """
 
-    def __init__(self, transformer: nn.Module, family: ModelFamily, config: DiCacheConfig) -> None:
+    def __init__(
+        self, transformer: nn.Module, family: ModelFamily, config: DiCacheConfig, name: str
+    ) -> None:
         refuse_others_before(transformer)
         self.transformer, self.config = transformer, config
         self.site = find_site(transformer) or Site(transformer, family)
-        rules = resolve(config, family.threshold_for(ERROR_RULES[config.error], transformer))
+        rules = rules_for(config, family, transformer, name)
         self.model = CachedModel(transformer, family, rules, self.site, package="diffusers")
 
     @property
@@ -61,8 +61,8 @@ is_holder = is_pipeline
 def apply(model: Any, config: DiCacheConfig) -> None:
     """See `dicache.apply_dicache`."""
     caches = []
-    for transformer, family in _transformers(model):
-        caches.append(Cache(transformer, family, config))
+    for name, (transformer, family) in _transformers(model).items():
+        caches.append(Cache(transformer, family, config, name))
     first, *others = (cache.session.timeline for cache in caches)
     for timeline in others:  # experts of one run
         timeline.join(first)
@@ -95,13 +95,13 @@ def cache_on(transformer: Any) -> Cache | None:
     return cache
 
 
-def _transformers(model: Any) -> list[tuple[nn.Module, ModelFamily]]:
-    """The supported transformers among a model's components."""
-    found = []
-    for part in components_of(model).values():
+def _transformers(model: Any) -> dict[str, tuple[nn.Module, ModelFamily]]:
+    """The supported transformers among a model's components, by name."""
+    found = {}
+    for name, part in components_of(model).items():
         family = find_family(part)
         if family is not None:
-            found.append((part, family))
+            found[name] = part, family
     if not found:
         for part in components_of(model).values():
             refuse_unsupported(part)

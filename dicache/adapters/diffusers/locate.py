@@ -119,6 +119,7 @@ class DiffusersLocator:
             position is None and isinstance(given, Tensor) and given.dtype in _HALF,
             position,
             num_steps,
+            place.timesteps if num_steps == place.num_steps else None,
             is_last,
             timestep,
             place.first_timestep,

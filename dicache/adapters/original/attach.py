@@ -7,11 +7,9 @@ from typing import Any
 from torch import nn
 
 from ...config import DiCacheConfig
-from ...core.rules import resolve
 from ...core.session import DiCacheSession
 from ...core.warning import warn_user
-from ...driver.model import CachedModel
-from ...error_rules import ERROR_RULES
+from ...driver.model import CachedModel, rules_for
 from .holder import family_of, is_holder, models_of, pipeline_of
 from .locate import Experts, OriginalLocator, refuse_split_sequences
 
@@ -25,7 +23,7 @@ def apply(thing: Any, config: DiCacheConfig) -> None:
     models = models_of(thing)
     pipeline = pipeline_of(thing)
     experts = Experts(config.num_inference_steps) if len(models) > 1 else None
-    cached = [_make(model, config, pipeline, experts) for model in models.values()]
+    cached = [_make(*each, config, pipeline, experts) for each in models.items()]
     for each in cached:  # only now, so that an error above leaves every model as it was
         each.attach()
         vars(each.model)[_CACHE] = each
@@ -52,7 +50,7 @@ def sessions(thing: Any) -> dict[str, DiCacheSession]:
 
 
 def _make(
-    model: nn.Module, config: DiCacheConfig, pipeline: Any, experts: Experts | None
+    name: str, model: nn.Module, config: DiCacheConfig, pipeline: Any, experts: Experts | None
 ) -> CachedModel:
     family = family_of(model)
     assert family is not None  # models_of finds no other
@@ -62,7 +60,7 @@ def _make(
             f"remove_dicache(...) first."
         )
     refuse_split_sequences(model)
-    rules = resolve(config, family.threshold_for(ERROR_RULES[config.error], model))
+    rules = rules_for(config, family, model, name)
     locator = OriginalLocator(model, family, pipeline, experts)
     package = str(family.module)
     made = CachedModel(model, family, rules, locator, package, frees_last_steps=True)

@@ -112,6 +112,7 @@ class OriginalLocator:
             num_steps=place.num_steps,
             is_last=place.is_last,
             timestep=timestep,
+            timesteps=place.timesteps,
             first_timestep=place.first_timestep,
             computes_in=conditions,
             behind=behind,

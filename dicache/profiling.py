@@ -1,0 +1,237 @@
+"""`calibrate`: a few runs of the user's own model make a profile, by which the cache knows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import apply_dicache, remove_dicache, sessions_of
+from .config import DiCacheConfig
+from .core.extrapolation import Extrapolation
+from .core.recorder import Recorder
+from .core.session import DiCacheSession
+from .profile import ModelProfile, Moments, Profile
+
+Run = Callable[[int], Tensor]
+Recorded = Mapping[str, Mapping[str, Moments]]  # of one sample, by model and context
+
+
+def calibrate(
+    model: Any,
+    run: Run,
+    samples: int = 2,
+    *,
+    gains: int = 8,
+    elements: int = 65536,
+    probe_depth: int = 1,
+    about: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Profile:
+    """Learn from un-cached runs how a model's steps follow from each other.
+
+    It takes `samples` runs that record and `gains` more, in each of which one step is filled in, to
+    see what that changes at the end. All of them take the time of un-cached ones.
+
+    Args:
+        model: Whatever `apply_dicache` takes. It has no cache yet, and has none afterwards.
+        run: `run(i)` is one whole generation of sample i as its final latents or pictures, floating
+            point, the same for the same i. A sample may be a batch.
+        samples: Number of samples, >= 1: prompts and seeds like those that the profile is for.
+        gains: Number of runs that measure how far an error goes, at steps spread over the run; 0
+            takes the size of a step for it, and `target_psnr` cannot be had.
+        elements: Elements of a sample's hidden states of which moments are taken, at most. They
+            take 8 bytes an element, step and context of host memory.
+        probe_depth: As in `DiCacheConfig`.
+        about: What the profile should say of itself to people: guidance, scheduler, prompts.
+        progress: Called with the number of runs that are over, and of all.
+
+    Returns:
+        The profile, for `DiCacheConfig(profile=...)`.
+
+    Raises:
+        ValueError: The model is not supported or has a cache, `run` does not drive it, or steps are
+            missing.
+        TypeError: `run` returns no floating-point tensor.
+    """
+    if samples < 1 or gains < 0:
+        raise ValueError(f"samples is {samples} and gains {gains}. Expected >= 1 and >= 0.")
+    done = 0
+
+    def run_one(index: int) -> Tensor:
+        nonlocal done
+        output = _checked(run(index), index)
+        done += 1
+        if progress is not None:
+            progress(done, samples + gains)
+        return output
+
+    profile, outputs, recorded = _observe(model, run_one, samples, elements, probe_depth)
+    profile = replace(profile, about={"torch": torch.__version__, **(about or {})})
+    measured: dict[int, float] = {}
+    for number, step in enumerate(_spread(profile, gains)):
+        index = number % samples
+        change = _change(model, run_one, profile, step, index, outputs[index])
+        error = _error(profile, step, recorded[index])
+        if change > 0 and error > 0:
+            measured[step] = change / error
+    return replace(profile, gains=_for_all_steps(measured, profile)) if gains else profile
+
+
+@contextmanager
+def _cached(model: Any, config: DiCacheConfig) -> Iterator[dict[str, DiCacheSession]]:
+    """The model with a cache, and its sessions."""
+    apply_dicache(model, config)
+    try:
+        yield sessions_of(model)
+    finally:
+        remove_dicache(model)
+
+
+def _checked(output: Any, index: int) -> Tensor:
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(
+            f"run({index}) returned {kind}. Expected a floating-point tensor: the final latents or "
+            f"pictures, a pipeline's output_type='latent' or 'pt'."
+        )
+    return output.detach().to("cpu", torch.float32)
+
+
+def _observe(
+    model: Any, run: Run, samples: int, elements: int, probe_depth: int
+) -> tuple[Profile, list[Tensor], list[Recorded]]:
+    """Un-cached runs: the profile without gains, what the runs returned, and each one's moments."""
+    outputs: list[Tensor] = []
+    recorded: list[Recorded] = []
+    with _cached(model, DiCacheConfig(threshold=0.0, probe_depth=probe_depth)) as sessions:
+        recorders = {name: Recorder(elements) for name in sessions}
+        for index in range(samples):
+            for name, session in sessions.items():
+                recorders[name].clear()
+                session.recorder = recorders[name]
+                session.reset()
+            outputs.append(run(index))
+            found = {name: each.moments() for name, each in recorders.items()}
+            recorded.append({name: contexts for name, contexts in found.items() if contexts})
+        identities = {name: session.identity for name, session in sessions.items()}
+    _check_alike(recorded)
+    timesteps: dict[int, float | None] = {}
+    models = {}
+    for name in recorded[0]:
+        identity = identities[name]
+        assert identity is not None  # every adapter's model has one
+        contexts = {key: _mean([each[name][key] for each in recorded]) for key in recorded[0][name]}
+        models[name] = ModelProfile(identity, probe_depth, contexts)
+        timesteps |= recorders[name].timesteps
+    known = [timesteps[step] for step in sorted(timesteps)]
+    profile = Profile(
+        models,
+        num_steps=len(known),
+        timesteps=tuple(float(t) for t in known if t is not None) if None not in known else None,
+        peak=_range(outputs),
+        samples=sum(_batch(each) for each in outputs),
+        elements=max(each.taken for each in recorders.values()),
+    )
+    return profile, outputs, recorded
+
+
+def _check_alike(recorded: list[Recorded]) -> None:
+    """See that the runs called the same models and contexts, in as many steps."""
+    kinds = [
+        {(n, c, m.first, m.num_steps) for n, each in run.items() for c, m in each.items()}
+        for run in recorded
+    ]
+    if not kinds[0]:
+        raise ValueError("No step of the model was seen. Expected `run` to call it.")
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError(
+            f"The runs differ in their contexts or steps: (model, context, first step, steps) are "
+            f"{[sorted(kind) for kind in kinds]}. Expected runs of one kind."
+        )
+
+
+def _mean(moments: list[Moments]) -> Moments:
+    total = moments[0]
+    for more in moments[1:]:
+        total = total + more
+    return total / len(moments)
+
+
+def _range(outputs: list[Tensor]) -> float:
+    """What a PSNR of such outputs is relative to: 1 for pictures in [0, 1], else their range."""
+    low = min(float(each.min()) for each in outputs)
+    high = max(float(each.max()) for each in outputs)
+    return 1.0 if low >= 0 and 0.5 < high <= 1 else high - low
+
+
+def _batch(output: Tensor) -> int:
+    return output.shape[0] if output.dim() > 3 else 1
+
+
+def _spread(profile: Profile, count: int) -> list[int]:
+    """Steps spread over the run, each behind at least two of the same model."""
+    firsts = {next(iter(each.contexts.values())).first for each in profile.models.values()}
+    usable = [s for s in range(profile.num_steps) if not {s, s - 1} & firsts]
+    places = torch.linspace(len(usable) - 1, 0, min(count, len(usable))).round().int().tolist()
+    return [usable[place] for place in places]
+
+
+def _entries(step: int, moments: Moments) -> tuple[int, ...]:
+    """The last three steps of the same model."""
+    return tuple(range(step - 1, max(step - 4, moments.first - 1), -1))
+
+
+def _change(
+    model: Any, run: Run, profile: Profile, step: int, index: int, expected: Tensor
+) -> float:
+    """The rms change of what a run returns where this step is filled in."""
+    mask = "C" * step + "R" + "C" * (profile.num_steps - step - 1)
+    probe_depth = next(iter(profile.models.values())).probe_depth
+    config = DiCacheConfig(profile=profile, schedule=mask, probe_depth=probe_depth)
+    with _cached(model, config):
+        change = (run(index) - expected).square().mean(dtype=torch.float64).sqrt()
+    return float(change) if change.isfinite() else 0.0
+
+
+def _error(profile: Profile, step: int, recorded: Recorded) -> float:
+    """The rms error of r at that step, in all contexts: the run was un-cached up to there."""
+    square = 0.0
+    for name, contexts in recorded.items():
+        for context, moments in contexts.items():
+            if moments.first < step < moments.first + moments.num_steps:
+                entries = _entries(step, moments)
+                mean = Extrapolation(profile.models[name].contexts[context])
+                weights = mean.weights(step, entries)
+                square += Extrapolation(moments).error_of(step, entries, weights)
+    return math.sqrt(square)
+
+
+def _for_all_steps(measured: Mapping[int, float], profile: Profile) -> tuple[float, ...]:
+    """Gains of all steps: a parabola through the logarithms of gain over step size.
+
+    An error in the last step meets no further one, so that step has its own.
+    """
+    if not measured:
+        raise ValueError(
+            "Filling in a step changed nothing at the end of any run. Expected `run` to return "
+            "what the model generates, not rounded to whole numbers."
+        )
+    last = profile.num_steps - 1
+    inner = {step: gain for step, gain in measured.items() if step != last} or dict(measured)
+    steps = torch.tensor(sorted(inner), dtype=torch.float64)
+    logs = [math.log(inner[int(step)] / profile.step_size(int(step))) for step in steps]
+    powers = torch.arange(min(3, len(inner)))
+    matrix = (steps / profile.num_steps)[:, None] ** powers
+    right = torch.tensor(logs, dtype=torch.float64)[:, None]
+    fit = torch.linalg.lstsq(matrix, right).solution.flatten()
+    places = torch.arange(profile.num_steps, dtype=torch.float64) / profile.num_steps
+    fitted = ((places[:, None] ** powers) @ fit).exp().tolist()
+    gains = [gain * profile.step_size(step) for step, gain in enumerate(fitted)]
+    gains[last] = measured.get(last, gains[last])
+    return tuple(gains)
