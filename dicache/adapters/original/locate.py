@@ -1,7 +1,6 @@
-"""Where a call of an original model stands: its timestep, its text, and what a scheduler tells.
+"""Where a call of an original model stands: two experts share a run, and sequences are whole.
 
-Nobody names branches of guidance here: the text embeddings tell them apart, which are the same
-objects in every step. And nobody says when a run is over.
+Nobody names branches of guidance here, and nobody says when a run is over.
 """
 
 from __future__ import annotations
@@ -10,15 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...core.readback import as_number
 from ...core.run import Timeline
 from ...core.session import DiCacheSession
 from ...core.where import Where
-from ...driver.conditions import Conditions
 from ...driver.families import ModelFamily, unwrapped
-from ..schedule import NOWHERE, Schedule
+from ..unnamed import UnnamedLocator
 
 
 class Experts:
@@ -68,7 +65,7 @@ class Experts:
                 session.reset()
 
 
-class OriginalLocator:
+class OriginalLocator(UnnamedLocator):
     """Tells where calls of one model stand.
 
     Args:
@@ -81,14 +78,9 @@ class OriginalLocator:
     def __init__(
         self, model: nn.Module, family: ModelFamily, pipeline: Any, experts: Experts | None
     ) -> None:
-        self._model = model
-        self._timestep, self._text = family.timestep or "", family.text or ""
-        self._conditions = Conditions(family.behind_probe)
-        self._experts = experts
-        self._schedule: Schedule | None = None
-        if pipeline is not None:
-            self._schedule = Schedule()
-            self._schedule.pipeline = pipeline
+        super().__init__(family)
+        self._model, self._experts = model, experts
+        self.follow(pipeline)
 
     def where(self, arguments: Mapping[str, Any], layout: torch.Size) -> Where:
         """See `driver.call.Locator`.
@@ -97,32 +89,8 @@ class OriginalLocator:
             ValueError: The sequence is split over several GPUs.
         """
         refuse_split_sequences(self._model)
-        given = arguments.get(self._timestep)
-        place = NOWHERE if self._schedule is None else self._schedule.read(given)
-        timestep = as_number(given) if place.check is None else place.timestep
-        conditions, behind = self._conditions.read(arguments, layout[0])
-        where = Where(
-            context=None,
-            prompt=_first_tensor(arguments.get(self._text)),
-            layout=layout,
-            begins=place.begins,
-            missed=place.missed,
-            moment=timestep if place.position is None else place.position,
-            position=place.position,
-            num_steps=place.num_steps,
-            is_last=place.is_last,
-            timestep=timestep,
-            timesteps=place.timesteps,
-            first_timestep=place.first_timestep,
-            computes_in=conditions,
-            behind=behind,
-            check=place.check,
-            is_noisy=place.is_noisy or None,
-        )
+        where = super().where(arguments, layout)
         return where if self._experts is None else self._experts.place(self, where)
-
-    def end_call(self) -> None:
-        """See `driver.call.Locator`."""
 
 
 def refuse_split_sequences(model: Any) -> None:
@@ -146,10 +114,3 @@ def refuse_split_sequences(model: Any) -> None:
             f"(--ulysses_degree, --ulysses_size, --ring_degree, --ring_size) to 1, or call "
             f"remove_dicache."
         )
-
-
-def _first_tensor(text: Any) -> object:
-    """What tells a branch: Wan takes a list of texts, one a sample."""
-    if isinstance(text, (list, tuple)) and text:
-        text = text[0]
-    return text if isinstance(text, Tensor) else None

@@ -40,7 +40,5 @@ WAN = ModelFamily(
     text="context",
     behind_probe=("vace_context", "vace_context_scale"),
 )
-FAMILIES = (HUNYUAN_VIDEO, WAN)
-
-for _family in FAMILIES:
+for _family in (HUNYUAN_VIDEO, WAN):
     register_family(_family)
