@@ -14,6 +14,7 @@ from ..stats import RunStats
 from .diffusers import table as table  # registers its families
 from .diffusers.autoload import teach_diffusers
 from .original import holder as holder  # whose table registers those of original code
+from .serving import attach as for_engines  # those of serving engines
 
 __all__ = ["apply_dicache", "get_stats", "remove_dicache", "reset_dicache"]
 
@@ -25,7 +26,7 @@ def apply_dicache(model_or_holder: Any, config: DiCacheConfig | None = None) -> 
         model_or_holder: A diffusers pipeline, modular ones included (every supported transformer of
             it is cached, and the number of steps is read from its scheduler), or a diffusers
             transformer. Or a model of the original HunyuanVideo or Wan code, or an object that
-            holds some (`WanT2V`, Tencent's sampler).
+            holds some (`WanT2V`, Tencent's sampler). Or a pipeline of a serving engine.
         config: The rules; `None` is `DiCacheConfig()`, this project's default.
 
     Raises:
@@ -82,19 +83,21 @@ def _adapter_of(thing: Any) -> Any:
     """The module with the verbs for what a thing is of.
 
     Raises:
-        ValueError: It is of no original code, and there is no diffusers that knows caches.
+        ValueError: It is of no original code and no engine, and there is no diffusers that knows
+            caches.
     """
     from .original import attach as for_original
 
-    if for_original.models_of(thing):
-        return for_original
+    for adapter in (for_original, for_engines):
+        if adapter.models_of(thing):
+            return adapter
     try:
         from .diffusers import attach as for_diffusers
     except ImportError as error:
         raise ValueError(
-            f"DiCache finds no model of the original HunyuanVideo or Wan code in this "
-            f"{type(thing).__name__}, and for diffusers' own it needs diffusers 0.42 or newer "
-            f"({error})."
+            f"DiCache finds no model of the original HunyuanVideo or Wan code, or of a serving "
+            f"engine, in this {type(thing).__name__}, and for diffusers' own it needs diffusers "
+            f"0.42 or newer ({error})."
         ) from error
     return for_diffusers
 

@@ -49,6 +49,7 @@ class CachedModel:
 
     Attributes:
         session: Its session.
+        locator: As given.
         call: What is known of the call that runs; `None` between calls.
         skips: Whether blocks pass their input through, from a decision to reuse to the last block;
             their lists hold other things meanwhile.
@@ -66,7 +67,7 @@ class CachedModel:
     ) -> None:
         self.model, self.family = model, family
         self._frees_last_steps = frees_last_steps
-        self._locator = locator
+        self.locator = locator
         self._probe_depth = rules.config.probe_depth
         blocks = family.blocks(model)
         self._check(blocks)
@@ -155,7 +156,7 @@ class CachedModel:
             self.call = None
             if self.skips:
                 self._end_bypass()
-            self._locator.end_call()
+            self.locator.end_call()
             self._in_use.release()
         return output
 
@@ -173,7 +174,7 @@ class CachedModel:
 
     def enter_blocks(self, call: Call, x: Tensor) -> None:
         """Open the step, and note the tokens that enter block 0."""
-        where = self._locator.where(call.arguments, x.shape)
+        where = self.locator.where(call.arguments, x.shape)
         call.step = Step(self.session.timeline, self.session.rules, where)
         call.samples = call.untouched = None  # of an earlier pass, if the model makes several
         if torch.is_grad_enabled() and needs_gradients(self.model, (x, call.arguments)):

@@ -105,7 +105,7 @@ def _transformers(model: Any) -> dict[str, tuple[nn.Module, ModelFamily]]:
     if not found:
         for part in components_of(model).values():
             refuse_unsupported(part)
-        known = ", ".join(family.model_class for family in supported_families())
+        known = ", ".join(dict.fromkeys(family.model_class for family in supported_families()))
         raise ValueError(
             f"DiCache does not support {type(model).__name__} ({class_names(model)}). Supported "
             f"transformers: {known}. dicache.register_family adds one."
