@@ -673,6 +673,8 @@ class Pipeline(nn.Module):
             answers = [each[0] if isinstance(each, tuple) else each for each in answers]
             velocity = answers[0] if len(answers) == 1 else 3 * answers[0] - 2 * answers[1]
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+            if request.is_noisy:  # as pipelines of distilled models do it, beside the scheduler
+                latents = 0.2 * latents + torch.randn(latents.shape, generator=noise)
             self.seen.append(latents)
         return latents
 
@@ -686,6 +688,7 @@ class Request:
     branches: int = 1
     batch: int = 1
     aborts_at: int = -1
+    is_noisy: bool = False
     enable_teacache: bool = False
     enable_spectrum: bool = False
     scheduler: Any = None
@@ -797,10 +800,13 @@ class DenoisingStage:
         self.pipeline = None
         self._cache_dit_enabled = False
         self._kind = kind
+        self.asked: list[Any] = []  # what came to the stage's own two methods
 
-    def _maybe_enable_cache_dit(self, num_inference_steps: Any, batch: Any) -> None: ...
+    def _maybe_enable_cache_dit(self, num_inference_steps: Any, batch: Any) -> None:
+        self.asked.append(num_inference_steps)
 
-    def _reset_dit_cache_states(self, batch: Any) -> None: ...
+    def _reset_dit_cache_states(self, batch: Any) -> None:
+        self.asked.append(batch)
 
     @torch.no_grad()
     def forward(self, batch: Request) -> Tensor:

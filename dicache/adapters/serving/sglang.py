@@ -33,7 +33,7 @@ def register() -> None:
         ValueError: The variable holds no JSON object, or one with unknown keys or values.
     """
     text = os.environ.get(VARIABLE)
-    if text is None:
+    if not text:
         _log.debug("DiCache: %s is not set, so nothing is cached.", VARIABLE)
         return
     hooks = Hooks(_config_from(text))

@@ -105,8 +105,7 @@ for _family in (
     ModelFamily(
         "qwen-image-sglang",
         "QwenImageTransformer2DModel",
-        # Blocks share modulations of the whole batch by a key, so they run for all samples.
-        (BlockStack(_DOUBLE, _TEXT_FIRST, per_sample=()),),
+        (BlockStack(_DOUBLE, _TEXT_FIRST),),
         module=SGLANG,
         **_FLUX,
     ),
