@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from dicache.core.trajectory import Trajectory
 
 PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
 
@@ -68,6 +72,30 @@ def test_a_request_that_is_cancelled_leaves_nothing_and_may_come_again(
             assert (request.x - expected.x).abs().max() < 1e-5
 
 
+def test_a_run_that_was_ended_is_freed_and_does_not_go_on(page: dict[str, Any]) -> None:
+    session = page["DiCacheSession"](page["config"])
+    request, other = page["Request"]("a", 1, 20), page["Request"]("b", 2, 20)
+    before = trajectories()
+    for _ in range(9):
+        page["one_step"](session, request)
+        page["one_step"](session, other)
+    stats = request.stats
+    assert trajectories() == before + 2
+    session.end("a")
+    assert trajectories() == before + 1
+    page["one_step"](session, request)
+    assert request.stats is not stats and page["letters"](request.stats) == "C"
+    page["one_step"](session, other)
+    assert len(page["letters"](other.stats)) == 10
+
+
+def trajectories() -> int:
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return sum(isinstance(each, Trajectory) for each in gc.get_objects())
+
+
 def test_a_position_that_goes_back_begins_the_run_anew(page: dict[str, Any]) -> None:
     """An id that comes again, though nobody said that its run had ended."""
     session = page["DiCacheSession"](page["config"])
@@ -106,3 +134,4 @@ def test_more_runs_than_a_session_keeps_are_computed_never_mixed_up(page: dict[s
     for request in requests[::23]:
         plain, _ = page["generate"](page["noise"](request.name), request.times, 0.0)
         assert (request.x - plain).abs().max() < 1e-5
+        assert page["letters"](request.stats) == "C"  # each step is of a run that was forgotten
