@@ -134,4 +134,5 @@ def test_more_runs_than_a_session_keeps_are_computed_never_mixed_up(page: dict[s
     for request in requests[::23]:
         plain, _ = page["generate"](page["noise"](request.name), request.times, 0.0)
         assert (request.x - plain).abs().max() < 1e-5
-        assert page["letters"](request.stats) == "C"  # each step is of a run that was forgotten
+        # Each step was of a run that was forgotten, until the first ones were done and made room.
+        assert page["letters"](request.stats) in ("C", "CC")
