@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dicache.adapters.comfyui.table import MODELS
-from dicache.adapters.original.table import FAMILIES as ORIGINAL
+from dicache.adapters.original.table import HUNYUAN_VIDEO, WAN
 from dicache.config import DiCacheConfig
 from dicache.driver.families import ModelFamily, supported_families
 from dicache.error_rules import ERROR_RULES
@@ -61,7 +61,7 @@ def rows() -> dict[str, list[Row]]:
     rule = ERROR_RULES[DiCacheConfig().error]
     return {
         "diffusers": [_row(each) for each in families if each.module == "diffusers"],
-        "original code": [_row(each) for each in ORIGINAL],
+        "original code": [_row(each) for each in (HUNYUAN_VIDEO, WAN)],
         "ComfyUI": [
             Row(each.name, ", ".join(each.classes), each.threshold_for(rule)) for each in MODELS
         ],

@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from ...config import DiCacheConfig
-from ...core.rules import resolve
 from ...driver.families import supported_families, unwrapped
-from ...driver.model import CachedModel
-from ...error_rules import ERROR_RULES
+from ...driver.model import CachedModel, rules_for
 from ..holders import Holders, refuse_cached
 from .locate import RequestLocator
 from .table import SGLANG, VLLM_OMNI
@@ -125,13 +123,13 @@ def refuse_several_gpus(thing: Any) -> None:
 
 def _attach(models: dict[str, nn.Module], thing: Any, config: DiCacheConfig) -> None:
     """Put caches on these models of a thing, on all or, with an error, on none."""
-    HOLDERS.attach([_make(model, config, thing) for model in models.values()])
+    HOLDERS.attach([_make(*each, config, thing) for each in models.items()])
 
 
-def _make(model: nn.Module, config: DiCacheConfig, thing: Any) -> CachedModel:
+def _make(name: str, model: nn.Module, config: DiCacheConfig, thing: Any) -> CachedModel:
     family = HOLDERS.family_of(model)
     assert family is not None  # models_of finds no other
-    rules = resolve(config, family.threshold_for(ERROR_RULES[config.error], model))
+    rules = rules_for(config, family, model, name)
     locator = RequestLocator(family)
     locator.follow(thing if hasattr(thing, "scheduler") else None)
     package = str(family.module).partition(".")[0]
