@@ -10,7 +10,7 @@ from ..profile import Profile
 from .extrapolation import Entries, Extrapolation
 from .planner import Planner
 
-_TOO_DEAR = 4.0  # times the expected mean square error: 6 dB
+_TOO_DEAR = 2.0  # times the expected error: 6 dB
 
 
 class Plan:
@@ -29,7 +29,10 @@ class Plan:
 
     def reuses(self, step: int, entries: Entries, left: int) -> bool:
         """Whether this step is filled in, with that many computed ones to come."""
-        return self.planner.has(entries) and step < self.planner.next_computed(entries, left)
+        planner = self.planner
+        if step - planner.first < planner.lead(self.computed) or not planner.has(entries):
+            return False
+        return step < planner.next_computed(entries, left)
 
     def is_too_dear(self, before: Entries, left: int, after: Entries) -> bool:
         """Whether a computed step that was not planned for leaves too few of them."""
@@ -71,7 +74,7 @@ class Calibration:
         self._planner: Planner | None = None
         if config.threshold is not None or config.schedule is not None:
             return
-        planners = {name: _planner(profile, name) for name in profile.models}
+        planners = {name: _planner(profile, name, config) for name in profile.models}
         shares = planned(profile, planners, config, default_threshold)
         self._planner, self.computed = planners[model], shares[model]
 
@@ -146,7 +149,8 @@ def planned(
                 f"target_speedup."
             )
         for total in range(least, most + 1):
-            shares, square = divided(planners, total)
+            shares = divided(planners, total)
+            square = sum(planners[name].square(computed) for name, computed in shares.items())
             if expected_psnr(profile, square) >= config.target_psnr:
                 return shares
         return {name: each.num_steps for name, each in planners.items()}
@@ -154,7 +158,7 @@ def planned(
         total = computed_for(profile, config.target_speedup)
     else:
         total = default_cost(profile, config, default_threshold)
-    return divided(planners, max(least, min(total, most)))[0]
+    return divided(planners, max(least, min(total, most)))
 
 
 def computed_for(profile: Profile, speedup: float) -> int:
@@ -190,8 +194,8 @@ def default_cost(profile: Profile, config: DiCacheConfig, threshold: float | Non
     return total
 
 
-def divided(planners: Mapping[str, Planner], total: int) -> tuple[dict[str, int], float]:
-    """How `total` computed steps are best divided, two or more a model, and the expected error."""
+def divided(planners: Mapping[str, Planner], total: int) -> dict[str, int]:
+    """How `total` computed steps are best divided among models, two or more for each."""
     best: dict[int, tuple[float, dict[str, int]]] = {0: (0.0, {})}
     for name, planner in planners.items():
         following: dict[int, tuple[float, dict[str, int]]] = {}
@@ -201,8 +205,7 @@ def divided(planners: Mapping[str, Planner], total: int) -> tuple[dict[str, int]
                 if whole < following.get(used + computed, (math.inf,))[0]:
                     following[used + computed] = whole, {**shares, name: computed}
         best = following
-    cost, shares = best[total]
-    return shares, cost
+    return best[total][1]
 
 
 def expected_psnr(profile: Profile, square: float) -> float:
@@ -216,7 +219,9 @@ def _extrapolations(profile: Profile, model: str) -> dict[str, Extrapolation]:
     return {name: Extrapolation(moments) for name, moments in contexts.items()}
 
 
-def _planner(profile: Profile, model: str) -> Planner:
+def _planner(profile: Profile, model: str, config: DiCacheConfig) -> Planner:
     contexts = [*_extrapolations(profile, model).values()]
     gains = profile.gains or [profile.step_size(step) for step in range(profile.num_steps)]
-    return Planner(contexts, gains[contexts[0].first : contexts[0].end])
+    first = contexts[0].first
+    retained = max(0, config.retained_steps(profile.num_steps) - first)
+    return Planner(contexts, gains[first : contexts[0].end], retained)

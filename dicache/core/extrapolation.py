@@ -69,6 +69,30 @@ class Extrapolation:
             known = self._solved[key] = tuple(weights[0].tolist()), float(errors[0])
         return known
 
+    def square(self, mask: str, gains: Sequence[float]) -> float:
+        r"""Mean square of sum_T G_T (r^_T - r_T) over the reused steps of a schedule.
+
+        Args:
+            mask: Of all steps of this context, beginning with a computed one.
+            gains: G of these steps.
+        """
+        moments = self._moments
+        total = torch.zeros(
+            2 * len(mask), dtype=torch.float64
+        )  # factors of every r, then of every q
+        entries: Entries = ()
+        for index, (letter, gain) in enumerate(zip(mask, gains, strict=True)):
+            if letter == "C":
+                entries = (self.first + index, *entries[:2])
+                continue
+            w1, w2, w3 = self.weights(self.first + index, entries)
+            a, b, c = (each - self.first for each in _filled(entries))
+            terms = ((a, 1 + w1), (b, w2 - w1), (c, -w2), (index, -1.0))
+            for place, factor in (*terms, (len(mask) + index, w3), (len(mask) + a, -w3)):
+                total[place] += gain * factor
+        rows = torch.cat([moments.rr, moments.rq], 1), torch.cat([moments.rq.T, moments.qq], 1)
+        return max(0.0, float(total @ torch.cat(rows) @ total))
+
     def error_of(self, step: int, entries: Entries, weights: Sequence[float]) -> float:
         """Mean square error of r^ with these weights."""
         t, a, b, c = (torch.tensor([each - self.first]) for each in (step, *_filled(entries)))

@@ -1,10 +1,14 @@
 r"""Which steps to compute: planned before a run, from what the moments say that it will cost.
 
-A reused step T adds (G_T e_T)^2 to the expected mean square error of what the run returns: e_T is
-the expected rms error of r^ and G_T how far it goes (`Profile.gains`). Between two computed steps
-errors have nearly one direction and add up before they are squared; those of different gaps do not.
-e_T depends on the three last computed steps alone, so dynamic programming over them finds the best
-schedule for every number of computed steps at once, and the best rest of one from any state.
+A reused step T moves what the run returns by G_T e_T: e_T is the expected rms error of r^ and G_T
+how far it goes (`Profile.gains`). Neighbouring steps err in nearly one direction, so their shares
+are added, as lengths. e_T depends on the three last computed steps alone, so dynamic programming
+over them finds the best schedule for every number of computed steps at once, and the best rest of
+one from any state.
+
+How errors go far scatters most between samples at the start of a run, where a picture is laid out,
+and a few samples do not show it. So the first steps are computed whatever the sum says: those that
+are retained, but no more than a quarter of the computed ones, and two at least.
 """
 
 from __future__ import annotations
@@ -26,13 +30,17 @@ class Planner:
     Args:
         contexts: Extrapolations of the model's contexts, which are computed and reused as one.
         gains: [n] how far an error goes, of this model's steps.
+        retained: Number of this model's leading steps that the rules retain.
 
     Attributes:
         first: Index in the run of the first step of this model.
         num_steps: Number n of its steps.
     """
 
-    def __init__(self, contexts: Sequence[Extrapolation], gains: Sequence[float]) -> None:
+    def __init__(
+        self, contexts: Sequence[Extrapolation], gains: Sequence[float], retained: int = 0
+    ) -> None:
+        self._contexts, self._gains, self._retained = contexts, gains, retained
         self.first = contexts[0].first
         self.num_steps = n = len(gains)
         self._costs = _gap_costs(contexts, torch.tensor(gains, dtype=torch.float64))
@@ -54,16 +62,30 @@ class Planner:
             value[a], choice[a] = best, taken
         self._value, self._choice = value, choice
 
+    def lead(self, computed: int) -> int:
+        """Number of leading steps that are computed in any case, of so many computed ones."""
+        return max(2, min(self._retained, computed // 4))
+
     def cost(self, computed: int) -> float:
-        """Expected mean square error of the best schedule with this many computed steps, >= 1."""
-        return float(self._value[0, 0, 0, computed - 1])
+        """The sum of G_T e_T in the best schedule with this many computed steps, >= 2."""
+        lead = self.lead(computed)
+        entries = tuple(self.first + step for step in range(lead - 1, max(lead - 4, -1), -1))
+        return self.rest(entries, computed - lead)
+
+    def square(self, computed: int) -> float:
+        """Expected mean square error of the best schedule with this many computed steps, >= 2.
+
+        The errors of all steps are known to their directions, so this is the square of their sum.
+        """
+        mask = self.schedule(computed)
+        return sum(context.square(mask, self._gains) for context in self._contexts)
 
     def has(self, entries: Entries) -> bool:
         """Whether these are steps of this model."""
         return all(0 <= each - self.first < self.num_steps for each in entries)
 
     def rest(self, entries: Entries, left: int) -> float:
-        """Expected mean square error of the best rest of a run, `left` steps being computed."""
+        """The sum of G_T e_T in the best rest of a run, `left` steps being computed."""
         return float(self._value[self._state(entries, left)])
 
     def next_computed(self, entries: Entries, left: int) -> int:
@@ -72,12 +94,15 @@ class Planner:
 
     def schedule(self, computed: int) -> str:
         """The best schedule with this many computed steps, as a mask such as `"CCRC"`."""
-        entries: Entries = (self.first,)
-        mask, left = ["C"] + ["R"] * (self.num_steps - 1), computed - 1
-        while (step := self.next_computed(entries, left)) < self.first + self.num_steps:
-            mask[step - self.first] = "C"
-            entries, left = (step, *entries[:2]), left - 1
-        return "".join(mask)
+        entries: Entries = ()
+        mask, left, lead = "", computed, self.lead(computed)
+        for step in range(self.first, self.first + self.num_steps):
+            if len(mask) >= lead and step < self.next_computed(entries, left):
+                mask += "R"
+            else:
+                mask += "C"
+                entries, left = (step, *entries[:2]), max(left - 1, 0)
+        return mask
 
     def _state(self, entries: Entries, left: int) -> tuple[int, int, int, int]:
         a, *older = entries
@@ -102,11 +127,6 @@ def _gap_costs(contexts: Sequence[Extrapolation], gains: Tensor) -> Tensor:
         square += context.solve(*index)[1]
     damage = torch.zeros(a.shape, dtype=torch.float64)
     damage[is_reused] = gains[index[0]] * square.sqrt()
-    added = damage.cumsum(dim=-1)  # over t; nothing before a
     costs = torch.zeros((n, width, width, n + 1), dtype=torch.float64)
-    costs[..., 1:] = added.square()
-    # One entry shows no direction, and few samples tell how far errors go that early: two are
-    # computed first.
-    reuses = torch.arange(n + 1) > torch.arange(n)[:, None] + 1  # [a, m]
-    costs[:, 0] += torch.where(reuses, math.inf, 0.0)[:, None]
+    costs[..., 1:] = damage.cumsum(dim=-1)  # over t; nothing before a
     return costs
