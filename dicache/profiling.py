@@ -175,11 +175,12 @@ def _batch(output: Tensor) -> int:
 
 
 def _spread(profile: Profile, count: int) -> list[int]:
-    """Steps spread over the run, each behind at least two of the same model."""
+    """The last step and others spread over the run, each behind at least two of the same model."""
     firsts = {next(iter(each.contexts.values())).first for each in profile.models.values()}
     usable = [s for s in range(profile.num_steps) if not {s, s - 1} & firsts]
-    places = torch.linspace(len(usable) - 1, 0, min(count, len(usable))).round().int().tolist()
-    return [usable[place] for place in places]
+    inner = usable[:-1]
+    places = torch.linspace(len(inner) - 1, 0, min(count, len(usable)) - 1).round().int().tolist()
+    return [usable[-1], *(inner[place] for place in places)][:count]
 
 
 def _entries(step: int, moments: Moments) -> tuple[int, ...]:
