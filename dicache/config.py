@@ -75,7 +75,8 @@ class DiCacheConfig:
         profile: What `dicache.calibrate` learned of this model, or the path of a file with it. A
             reused step is then filled in by weights of the three last computed steps that were
             fitted to the model, and which steps are computed is planned before the run, unless
-            `threshold` or `schedule` is given. One tensor more is kept a context.
+            `threshold` or `schedule` is given. One tensor more is kept a context. Of the rules
+            above a plan keeps `max_consecutive_reuse`; retention and last step are its own affair.
         target_speedup: With a profile: block work of the un-cached run over that of the planned
             one, probes included. `None`, and no other target: what the rules without a profile
             would cost.
@@ -216,7 +217,7 @@ class DiCacheConfig:
         self._check(
             "target_psnr",
             self.target_psnr is None or _is_number(self.target_psnr, 0),
-            "None or a number of dB > 0",
+            "None or a number of dB >= 0",
         )
         self._check("veto", self.veto is None or _is_number(self.veto, 1), "None or a number >= 1")
         deciding = ("threshold", "schedule", "target_speedup", "target_psnr")

@@ -74,7 +74,7 @@ class Moments:
 
 
 class Identity(NamedTuple):
-    """What tells a model from others: a fine-tuned one counts as the same.
+    """What tells a model from others: a fine-tuned or quantized one counts as the same.
 
     Attributes:
         model: Name of its class.
@@ -92,7 +92,7 @@ class Identity(NamedTuple):
         config = getattr(model, "config", None)
         fingerprint = None
         if isinstance(config, Mapping):
-            told = {key: value for key, value in config.items() if not key.startswith("_")}
+            told = {k: v for k, v in config.items() if k[0] != "_" and k != "quantization_config"}
             text = json.dumps(told, sort_keys=True, default=str)
             fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
         return cls(type(model).__name__, fingerprint, num_blocks)
@@ -132,6 +132,9 @@ class Profile:
         samples: Number of un-cached runs.
         elements: Number of elements of each sample that the moments are taken of.
         about: What else the profile belongs to, for people: versions, scheduler, guidance.
+
+    Raises:
+        ValueError: The parts do not belong together.
     """
 
     models: Mapping[str, ModelProfile]
@@ -142,6 +145,28 @@ class Profile:
     samples: int = 1
     elements: int = 0
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.models or not all(each.contexts for each in self.models.values()):
+            raise ValueError("The profile has no model, or one without contexts.")
+        for name, model in self.models.items():
+            spans = {(each.first, each.num_steps) for each in model.contexts.values()}
+            first, count = min(spans)
+            if len(spans) > 1 or count < 1 or not 0 <= first <= self.num_steps - count:
+                raise ValueError(
+                    f"The contexts of {name!r} have (first step, steps) {sorted(spans)} in a run "
+                    f"of {self.num_steps}. Expected the same steps in all of them: guidance "
+                    f"that pauses cannot be calibrated."
+                )
+        for kind, values in (("timesteps", self.timesteps), ("gains", self.gains)):
+            if values is not None and not (
+                len(values) == self.num_steps and all(map(math.isfinite, values))
+            ):
+                raise ValueError(f"{kind} are {values}. Expected {self.num_steps} finite numbers.")
+        if min(self.gains or (0.0,)) < 0:
+            raise ValueError(f"gains are {self.gains}. Expected numbers >= 0.")
+        if self.peak is not None and not (self.peak > 0 and math.isfinite(self.peak)):
+            raise ValueError(f"peak is {self.peak}. Expected None or a number > 0.")
 
     def step_size(self, step: int) -> float:
         """N (t_prev - t) / t_first, a step's size relative to the mean; 1 where it is unknown."""
@@ -196,14 +221,15 @@ class Profile:
                 with another probe.
         """
         alike = [key for key, each in self.models.items() if each.identity == identity]
-        if name in alike:
-            alike = [name]
+        if name is not None:  # like models of one pipeline have nothing else to be told apart by
+            alike = [key for key in alike if key == name]
         if len(alike) != 1:
             known = "; ".join(f"{key}: {each.identity}" for key, each in self.models.items())
             what = "does not know this model" if not alike else "knows several models like this one"
             raise ValueError(
-                f"The profile {what}, {identity}. It is of {known}. Expected the profile of the "
-                f"model or pipeline that the cache is applied to: dicache.calibrate makes one."
+                f"The profile {what}, {name or 'model'}: {identity}. It is of {known}. Expected "
+                f"that of the model or pipeline that the cache is applied to: dicache.calibrate "
+                f"makes one."
             )
         made_with = self.models[alike[0]].probe_depth
         if probe_depth != made_with:
@@ -281,22 +307,22 @@ class Profile:
                 )
                 for name, each in data["models"].items()
             }
-            steps = data["num_steps"]
-            profile = cls(
+            timesteps, gains = data["timesteps"], data["gains"]
+            return cls(
                 models,
-                steps,
-                _numbers(data["timesteps"], steps, "timesteps"),
-                _numbers(data["gains"], steps, "gains"),
+                data["num_steps"],
+                None if timesteps is None else tuple(timesteps),
+                None if gains is None else tuple(gains),
                 data["peak"],
                 data["samples"],
                 data["elements"],
                 data["about"],
             )
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"it is not a whole profile ({type(error).__name__}: {error})") from (
-                error
-            )
-        return profile
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"it is not a whole profile ({type(error).__name__}: {error}). Expected what "
+                f"dicache.calibrate made; make it again."
+            ) from error
 
     def __repr__(self) -> str:
         names = ", ".join(each.identity.model for each in self.models.values())
@@ -307,13 +333,13 @@ def _cubic(places: Tensor, count: int) -> Tensor:
     """Weights [m, count] of Lagrange's polynomials through the four points around each place."""
     width = min(4, count)
     first = (places.floor().long() - 1).clamp(0, count - width)
-    weights = torch.zeros((len(places), count), dtype=torch.float64)
+    weights = torch.zeros((len(places), count), dtype=torch.float64, device="cpu")
     for mine in range(width):
         weight = torch.ones_like(places)
         for other in range(width):
             if other != mine:
                 weight = weight * (places - first - other) / (mine - other)
-        weights[torch.arange(len(places)), first + mine] = weight
+        weights.scatter_(1, (first + mine)[:, None], weight[:, None])
     return weights
 
 
@@ -354,20 +380,27 @@ def _resampled(model: ModelProfile, places: list[float]) -> ModelProfile | None:
     for name, moments in model.contexts.items():
         end = moments.first + moments.num_steps
         mine = [k for k, place in enumerate(places) if moments.first - 0.5 <= place < end - 0.5]
-        if len(mine) < 3:
+        if not mine:
             return None
-        own = torch.tensor([places[k] - moments.first for k in mine], dtype=torch.float64)
+        own = _tensor([places[k] - moments.first for k in mine])
         contexts[name] = replace(moments.at(own.clamp(min=0)), first=mine[0])
     return replace(model, contexts=contexts)
 
 
 def _moments_from_dict(data: dict[str, Any]) -> Moments:
-    names = ("rr", "qq", "rq", "pp")
-    rr, qq, rq, pp = (torch.tensor(data[name], dtype=torch.float64) for name in names)
-    for name, matrix in (("rr", rr), ("qq", qq), ("rq", rq)):
-        if matrix.shape != (len(pp), len(pp)) or not matrix.isfinite().all():
-            raise ValueError(f"{name} is not a finite matrix of {len(pp)} x {len(pp)} numbers")
-    return Moments(int(data["first"]), rr, qq, rq, pp)
+    count = len(data["pp"])
+    found = []
+    for name in ("rr", "qq", "rq", "pp"):
+        array = _tensor(data[name])
+        shape = (count,) if name == "pp" else (count, count)
+        if array.shape != shape or not array.isfinite().all():
+            raise ValueError(f"{name} are not {' x '.join(map(str, shape))} finite numbers")
+        found.append(array)
+    return Moments(int(data["first"]), *found)
+
+
+def _tensor(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")  # whatever the default device
 
 
 def _rounded(value: Any) -> Any:
@@ -375,11 +408,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(each) for each in value]
     return float(f"{value:.10g}")
-
-
-def _numbers(values: Sequence[float] | None, count: int, name: str) -> tuple[float, ...] | None:
-    if values is None:
-        return None
-    if len(values) != count or not all(math.isfinite(each) for each in values):
-        raise ValueError(f"{name} are not {count} finite numbers")
-    return tuple(values)

@@ -61,20 +61,22 @@ def calibrate(
     """
     if samples < 1 or gains < 0:
         raise ValueError(f"samples is {samples} and gains {gains}. Expected >= 1 and >= 0.")
-    done = 0
+    done, total = 0, samples + gains
 
     def run_one(index: int) -> Tensor:
         nonlocal done
         output = _checked(run(index), index)
         done += 1
         if progress is not None:
-            progress(done, samples + gains)
+            progress(done, total)
         return output
 
     profile, outputs, recorded = _observe(model, run_one, samples, elements, probe_depth)
     profile = replace(profile, about={"torch": torch.__version__, **(about or {})})
     measured: dict[int, float] = {}
-    for number, step in enumerate(_spread(profile, gains)):
+    steps = _spread(profile, gains)
+    total = samples + len(steps)  # a short run has few
+    for number, step in enumerate(steps):
         index = number % samples
         change = _change(model, run_one, profile, step, index, outputs[index])
         error = _error(profile, step, recorded[index])
@@ -109,14 +111,20 @@ def _observe(
     """Un-cached runs: the profile without gains, what the runs returned, and each one's moments."""
     outputs: list[Tensor] = []
     recorded: list[Recorded] = []
-    with _cached(model, DiCacheConfig(threshold=0.0, probe_depth=probe_depth)) as sessions:
+    config = DiCacheConfig(  # computes every step, however many there are
+        threshold=0.0, retention_ratio=0.0, compute_last_step=False, probe_depth=probe_depth
+    )
+    with _cached(model, config) as sessions:
         recorders = {name: Recorder(elements) for name in sessions}
         for index in range(samples):
             for name, session in sessions.items():
                 recorders[name].clear()
                 session.recorder = recorders[name]
                 session.reset()
-            outputs.append(run(index))
+            output = run(index)
+            if not output.isfinite().all():
+                raise ValueError(f"run({index}) returned NaN or infinity without a cache.")
+            outputs.append(output)
             found = {name: each.moments() for name, each in recorders.items()}
             recorded.append({name: contexts for name, contexts in found.items() if contexts})
         identities = {name: session.identity for name, session in sessions.items()}
@@ -129,12 +137,18 @@ def _observe(
         contexts = {key: _mean([each[name][key] for each in recorded]) for key in recorded[0][name]}
         models[name] = ModelProfile(identity, probe_depth, contexts)
         timesteps |= recorders[name].timesteps
+    if sorted(timesteps) != [*range(len(timesteps))]:
+        raise ValueError(
+            f"The steps {sorted(timesteps)} were seen. Expected all steps of a run from its first "
+            f"one on: a model that takes over is calibrated with the one before it, by their "
+            f"pipeline."
+        )
     known = [timesteps[step] for step in sorted(timesteps)]
     profile = Profile(
         models,
         num_steps=len(known),
         timesteps=tuple(float(t) for t in known if t is not None) if None not in known else None,
-        peak=_range(outputs),
+        peak=_range(outputs) or None,
         samples=sum(_batch(each) for each in outputs),
         elements=max(each.taken for each in recorders.values()),
     )
@@ -194,7 +208,12 @@ def _change(
     """The rms change of what a run returns where this step is filled in."""
     mask = "C" * step + "R" + "C" * (profile.num_steps - step - 1)
     probe_depth = next(iter(profile.models.values())).probe_depth
-    config = DiCacheConfig(profile=profile, schedule=mask, probe_depth=probe_depth)
+    config = DiCacheConfig(
+        profile=profile,
+        schedule=mask,
+        probe_depth=probe_depth,
+        num_inference_steps=profile.num_steps,
+    )
     with _cached(model, config):
         change = (run(index) - expected).square().mean(dtype=torch.float64).sqrt()
     return float(change) if change.isfinite() else 0.0

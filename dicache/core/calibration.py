@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+
+import torch
 
 from ..config import DiCacheConfig
+from ..error_rules import ERROR_RULES
 from ..profile import Profile
 from .extrapolation import Entries, Extrapolation
 from .planner import Planner
 
 _TOO_DEAR = 2.0  # times the expected error: 6 dB
+_MOST_FITTING = 16  # other timesteps that are remembered: every resolution may have its own
 
 
 class Plan:
-    """A planner, and how many steps of a run it may compute.
+    """Which steps of a context are computed, and what the probe should show at the others.
 
     Args:
         planner: Of the model.
         computed: Number of steps that are computed.
-        misfit: The probe's expected misfit at a step with these entries.
+        extrapolation: Of the context.
+        config: Says which misfit the probe has.
     """
 
     def __init__(
-        self, planner: Planner, computed: int, misfit: Callable[[int, Entries], float]
+        self, planner: Planner, computed: int, extrapolation: Extrapolation, config: DiCacheConfig
     ) -> None:
-        self.planner, self.computed, self.misfit = planner, computed, misfit
+        self.planner, self.computed = planner, computed
+        self._extrapolation, self._config = extrapolation, config
 
     def reuses(self, step: int, entries: Entries, left: int) -> bool:
         """Whether this step is filled in, with that many computed ones to come."""
@@ -33,6 +39,10 @@ class Plan:
         if step - planner.first < planner.lead(self.computed) or not planner.has(entries):
             return False
         return step < planner.next_computed(entries, left)
+
+    def misfit(self, step: int, entries: Entries) -> float:
+        """The probe's expected misfit at a step with these entries."""
+        return _misfit(self._extrapolation, self._config, step, entries)
 
     def is_too_dear(self, before: Entries, left: int, after: Entries) -> bool:
         """Whether a computed step that was not planned for leaves too few of them."""
@@ -68,15 +78,14 @@ class Calibration:
         self.profile, self.num_steps = profile, profile.num_steps
         self._model, self._config, self._default_threshold = model, config, default_threshold
         self._fitting: dict[tuple[float, ...], Calibration | None] = {}
-        self._relative_to_probe = config.error != "alignment"
         self._extrapolations = _extrapolations(profile, model)
         self.computed: int | None = None
         self._planner: Planner | None = None
-        if config.threshold is not None or config.schedule is not None:
-            return
-        planners = {name: _planner(profile, name, config) for name in profile.models}
-        shares = planned(profile, planners, config, default_threshold)
-        self._planner, self.computed = planners[model], shares[model]
+        if config.threshold is None and config.schedule is None:
+            with torch.device("cpu"):  # whatever the default one is
+                planners = {name: _planner(profile, name, config) for name in profile.models}
+                shares = planned(profile, planners, config, default_threshold)
+            self._planner, self.computed = planners[model], shares[model]
 
     def for_run(
         self, num_steps: int | None, timesteps: tuple[float, ...] | None
@@ -93,13 +102,19 @@ class Calibration:
         if len(timesteps) == self.num_steps and _are_close(timesteps, known):
             return self
         if timesteps not in self._fitting:
-            profile = self.profile.resampled(timesteps)
-            self._fitting[timesteps] = (
-                None
-                if profile is None
-                else Calibration(profile, self._model, self._config, self._default_threshold)
-            )
+            if len(self._fitting) >= _MOST_FITTING:
+                self._fitting.clear()
+            self._fitting[timesteps] = self._for_timesteps(timesteps)
         return self._fitting[timesteps]
+
+    def _for_timesteps(self, timesteps: tuple[float, ...]) -> Calibration | None:
+        profile = self.profile.resampled(timesteps)
+        if profile is None:
+            return None
+        try:
+            return Calibration(profile, self._model, self._config, self._default_threshold)
+        except ValueError:  # the target cannot be had in so few steps; a run is no place to say so
+            return None
 
     @property
     def contexts(self) -> list[str]:
@@ -115,12 +130,7 @@ class Calibration:
         extrapolation = self.extrapolation(context)
         if extrapolation is None or self._planner is None or self.computed is None:
             return None
-        known = extrapolation
-
-        def misfit(step: int, entries: Entries) -> float:
-            return known.misfit(step, entries, self._relative_to_probe)
-
-        return Plan(self._planner, self.computed, misfit)
+        return Plan(self._planner, self.computed, extrapolation, self._config)
 
 
 def _are_close(timesteps: tuple[float, ...], known: tuple[float, ...]) -> bool:
@@ -140,7 +150,7 @@ def planned(
     Raises:
         ValueError: The targets cannot be had from this profile.
     """
-    least, most = 2 * len(planners), sum(each.num_steps for each in planners.values())
+    divisions = divided(planners)
     if config.target_psnr is not None:
         if profile.gains is None or profile.peak is None:
             raise ValueError(
@@ -148,25 +158,37 @@ def planned(
                 f"nothing tells how far an error goes. Calibrate with gains=6 or more, or give a "
                 f"target_speedup."
             )
-        for total in range(least, most + 1):
-            shares = divided(planners, total)
-            square = sum(planners[name].square(computed) for name, computed in shares.items())
-            if expected_psnr(profile, square) >= config.target_psnr:
-                return shares
-        return {name: each.num_steps for name, each in planners.items()}
+        target = config.target_psnr  # the last division computes every step
+        return next(
+            shares
+            for shares in divisions.values()
+            if expected_psnr(profile, _square(planners, shares)) >= target
+        )
     if config.target_speedup is not None:
-        total = computed_for(profile, config.target_speedup)
+        total = computed_for(profile, config.target_speedup, least=min(divisions))
     else:
         total = default_cost(profile, config, default_threshold)
-    return divided(planners, max(least, min(total, most)))
+    return divisions[min(max(total, min(divisions)), max(divisions))]
 
 
-def computed_for(profile: Profile, speedup: float) -> int:
-    """Number of computed steps with which the share of block work is nearest to 1 / speedup."""
+def computed_for(profile: Profile, speedup: float, least: int = 1) -> int:
+    """Number of computed steps with which the share of block work is nearest to 1 / speedup.
+
+    Raises:
+        ValueError: Even with the least number of them the share is larger.
+    """
     first = next(iter(profile.models.values()))
     probe = first.probe_depth / first.identity.num_blocks
     steps = profile.num_steps
-    return round(steps * (1 / speedup - probe) / (1 - probe))
+    computed = round(steps * (1 / speedup - probe) / (1 - probe))
+    if computed < least:
+        fastest = steps / (least + (steps - least) * probe)
+        raise ValueError(
+            f"target_speedup is {speedup}. Expected at most {math.floor(100 * fastest) / 100}: the "
+            f"probe is {first.probe_depth} of {first.identity.num_blocks} blocks, and runs in "
+            f"every one of {steps} steps."
+        )
+    return computed
 
 
 def default_cost(profile: Profile, config: DiCacheConfig, threshold: float | None) -> int:
@@ -176,17 +198,18 @@ def default_cost(profile: Profile, config: DiCacheConfig, threshold: float | Non
             "A profile is given, but neither threshold, target_speedup nor target_psnr, and no "
             "family's default is known here. Give DiCacheConfig(target_speedup=...) a number."
         )
+    retained = config.retained_steps(profile.num_steps)
+    weighted = ERROR_RULES[config.error].weighted
     total = 0
     for name in profile.models:
         extrapolation = next(iter(_extrapolations(profile, name).values()))
-        retained = config.retained_steps(profile.num_steps)
         entries: Entries = ()
         accumulated = 0.0
         for step in range(extrapolation.first, extrapolation.end):
-            is_last = step == profile.num_steps - 1
+            is_last = config.compute_last_step and step == profile.num_steps - 1
             if entries and step >= retained and not is_last:
-                misfit = extrapolation.misfit(step, entries, relative_to_probe=True)
-                accumulated += misfit * profile.step_size(step)
+                size = profile.step_size(step) if weighted else 1.0
+                accumulated += size * _misfit(extrapolation, config, step, entries)
                 if accumulated < threshold:
                     continue
             entries, accumulated = (step, *entries[:2]), 0.0
@@ -194,18 +217,23 @@ def default_cost(profile: Profile, config: DiCacheConfig, threshold: float | Non
     return total
 
 
-def divided(planners: Mapping[str, Planner], total: int) -> dict[str, int]:
-    """How `total` computed steps are best divided among models, two or more for each."""
+def divided(planners: Mapping[str, Planner]) -> dict[int, dict[str, int]]:
+    """How computed steps are best divided among models, two or more for each, by their number."""
     best: dict[int, tuple[float, dict[str, int]]] = {0: (0.0, {})}
     for name, planner in planners.items():
         following: dict[int, tuple[float, dict[str, int]]] = {}
         for used, (cost, shares) in best.items():
-            for computed in range(2, min(planner.num_steps, total - used) + 1):
+            for computed in range(2, planner.num_steps + 1):
                 whole = cost + planner.cost(computed)
                 if whole < following.get(used + computed, (math.inf,))[0]:
                     following[used + computed] = whole, {**shares, name: computed}
         best = following
-    return best[total][1]
+    return {total: shares for total, (_, shares) in sorted(best.items())}
+
+
+def _square(planners: Mapping[str, Planner], shares: Mapping[str, int]) -> float:
+    """Expected mean square error of what a run returns."""
+    return sum(planners[name].square(computed) for name, computed in shares.items())
 
 
 def expected_psnr(profile: Profile, square: float) -> float:
@@ -217,6 +245,13 @@ def expected_psnr(profile: Profile, square: float) -> float:
 def _extrapolations(profile: Profile, model: str) -> dict[str, Extrapolation]:
     contexts = profile.models[model].contexts
     return {name: Extrapolation(moments) for name, moments in contexts.items()}
+
+
+def _misfit(
+    extrapolation: Extrapolation, config: DiCacheConfig, step: int, entries: Entries
+) -> float:
+    relative_to_probe = ERROR_RULES[config.error].relative_to_probe
+    return extrapolation.misfit(step, entries, relative_to_probe, config.gamma_range)
 
 
 def _planner(profile: Profile, model: str, config: DiCacheConfig) -> Planner:

@@ -86,7 +86,7 @@ class Context:
         Raises:
             ValueError: The rules' backend does not work where the tensors are.
         """
-        trajectory = Trajectory(self.rules, x, p)
+        trajectory = Trajectory(self.rules, x, p, self.extrapolation is not None)
         if self.rules.by_sample:
             self.gates = [self._make_gate() for _ in range(x.shape[0])]
         self.trajectory = trajectory  # now that it is whole
@@ -104,6 +104,14 @@ class Context:
         if all(row is None for row in rows):
             return None
         return [(0.0, 0.0, 0.0) if row is None else row for row in rows]  # others are computed
+
+    def leave_profile(self) -> bool:
+        """From here on the rules without a profile decide; whether they did not do so already."""
+        has_left = self.extrapolation is not None
+        if has_left:
+            self.extrapolation = self.plan = None
+            self.gates = [self._make_gate() for _ in self.gates]
+        return has_left
 
     @property
     def is_blind(self) -> bool:

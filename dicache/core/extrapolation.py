@@ -18,6 +18,7 @@ from torch import Tensor
 from ..profile import Moments
 
 _RIDGE = 1e-4  # of the diagonal: neighbouring steps are nearly alike
+_NOISE = 1e-9  # of r^2 and q^2: moments have ten digits, and differences of steps fewer
 _TINY = 1e-30
 
 Entries = tuple[int, ...]  # indices in the run of the last computed steps, newest first
@@ -48,14 +49,20 @@ class Extrapolation:
         """Expected mean square error of r^, in the units of r^2."""
         return self._solution(step, entries)[1]
 
-    def misfit(self, step: int, entries: Entries, relative_to_probe: bool) -> float:
-        """What `ops.alignment_statistics` is expected to give as error, with an unclipped gamma."""
+    def misfit(
+        self,
+        step: int,
+        entries: Entries,
+        relative_to_probe: bool,
+        gamma_range: tuple[float, float | None] = (0.0, None),
+    ) -> float:
+        """What `ops.alignment_statistics` is expected to give as error."""
         qq, pp = self._moments.qq, self._moments.pp
         t, a, b = (each - self.first for each in (step, *_filled(entries)[:2]))
         aa = qq[t, t] - 2 * qq[t, b] + qq[b, b]
         ad = qq[t, a] - qq[t, b] - qq[a, b] + qq[b, b]
         dd = qq[a, a] - 2 * qq[a, b] + qq[b, b]
-        gamma = ad / dd if dd > 0 else torch.ones_like(ad)
+        gamma = (ad / dd if dd > 0 else torch.ones_like(ad)).clamp(*gamma_range)
         square = aa - 2 * gamma * ad + gamma * gamma * dd
         size = pp[t] if relative_to_probe else qq[t, t]
         return float((square.clamp(min=0) / size.clamp(min=_TINY)).sqrt())
@@ -64,7 +71,7 @@ class Extrapolation:
         key = (step, entries)
         known = self._solved.get(key)
         if known is None:
-            index = torch.tensor([[step, *_filled(entries)]]) - self.first
+            index = _indices(step, entries) - self.first
             weights, errors = self.solve(*index.unbind(dim=1))
             known = self._solved[key] = tuple(weights[0].tolist()), float(errors[0])
         return known
@@ -95,9 +102,9 @@ class Extrapolation:
 
     def error_of(self, step: int, entries: Entries, weights: Sequence[float]) -> float:
         """Mean square error of r^ with these weights."""
-        t, a, b, c = (torch.tensor([each - self.first]) for each in (step, *_filled(entries)))
-        matrix, target, uu = self._system(t, a, b, c)
-        w = torch.tensor([weights], dtype=torch.float64)
+        index = _indices(step, entries) - self.first
+        matrix, target, uu = self._system(*index.unbind(dim=1))
+        w = torch.tensor([weights], dtype=torch.float64, device="cpu")
         return max(0.0, float(_error(matrix, target, uu, w)))
 
     def solve(self, t: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,8 +114,10 @@ class Extrapolation:
             t, a, b, c: int64 [M], steps and entries counted from the moments' first one.
         """
         matrix, target, uu = self._system(t, a, b, c)
-        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-        ridge = torch.diag_embed(_RIDGE * diagonal + _TINY)
+        rr, qq = self._moments.rr.diagonal(), self._moments.qq.diagonal()
+        noise = _NOISE * torch.stack([rr[a], rr[b], qq[a]], dim=-1)
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+        ridge = torch.diag_embed(_RIDGE * diagonal + noise + _TINY)
         weights = torch.linalg.solve(matrix + ridge, target)
         return weights, _error(matrix, target, uu, weights).clamp(min=0)
 
@@ -133,6 +142,10 @@ class Extrapolation:
 def _error(matrix: Tensor, target: Tensor, uu: Tensor, weights: Tensor) -> Tensor:
     fitted = (weights[:, None, :] @ matrix @ weights[:, :, None]).flatten()
     return uu - 2 * (weights * target).sum(dim=-1) + fitted
+
+
+def _indices(step: int, entries: Entries) -> Tensor:
+    return torch.tensor([[step, *_filled(entries)]], device="cpu")  # whatever the default device
 
 
 def _filled(entries: Entries) -> tuple[int, int, int]:

@@ -30,15 +30,21 @@ class Gate:
         self.entries: Entries = ()
 
     def wants_probe(
-        self, step: int, num_steps: int | None, is_last: bool, follows: bool = False
+        self,
+        step: int,
+        num_steps: int | None,
+        is_last: bool,
+        follows: bool = False,
+        index: int | None = None,
     ) -> bool:
         """Whether the step is judged at all; otherwise it runs all blocks.
 
         Args:
-            step: Its index.
+            step: Its place in the run.
             num_steps: Number N of steps of the run; `None` if nobody said it.
             is_last: Whether it is the run's last one.
             follows: Whether its branch is called after another one in every step.
+            index: Its place among the branch's own steps, if that is another one.
         """
         rules = self.rules
         if rules.schedule is not None:
@@ -49,7 +55,8 @@ class Gate:
             return False
         if num_steps is None:
             return True
-        return step >= rules.config.retained_steps(num_steps, follows)
+        own = step if index is None else index
+        return own >= rules.config.retained_steps(num_steps, follows)
 
     def decide(
         self, step: int, error: float, gamma: float, leader_reuses: bool | None = None
@@ -73,7 +80,7 @@ class Gate:
         rules = self.rules
         if rules.schedule is not None:
             return True
-        if rules.max_consecutive_reuse is not None and self._is_at_limit:
+        if self._is_at_limit:
             return False
         equal = rules.reuse_at_threshold and self.accumulated_error == rules.threshold
         return equal or self.accumulated_error < rules.threshold
@@ -116,9 +123,16 @@ class PlannedGate(Gate):
         self.num_vetoes = 0
 
     def wants_probe(
-        self, step: int, num_steps: int | None, is_last: bool, follows: bool = False
+        self,
+        step: int,
+        num_steps: int | None,
+        is_last: bool,
+        follows: bool = False,
+        index: int | None = None,
     ) -> bool:
-        return bool(self.entries) and self.plan.reuses(step, self.entries, self._left)
+        if not self.entries or self._is_at_limit:
+            return False
+        return self.plan.reuses(step, self.entries, self._left)
 
     def decide(
         self, step: int, error: float, gamma: float, leader_reuses: bool | None = None

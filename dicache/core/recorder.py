@@ -53,7 +53,7 @@ class Recorder:
         """Moments of every context, averaged over the batch.
 
         Raises:
-            ValueError: Steps are missing, or there are fewer than three.
+            ValueError: Steps are missing, or not finite.
         """
         return {name: _moments_of(name, steps) for name, steps in self._steps.items()}
 
@@ -75,29 +75,34 @@ class Recorder:
         size = torch.Size(shape).numel()
         if size <= self._elements:
             return None
-        generator = torch.Generator().manual_seed(self._seed)
-        flat = torch.randint(size, (self._elements,), generator=generator).sort().values
-        return torch.unravel_index(flat, shape)
+        generator = torch.Generator("cpu").manual_seed(self._seed)
+        flat = torch.randint(size, (self._elements,), generator=generator, device="cpu")
+        return torch.unravel_index(flat.sort().values, shape)
 
 
 def _moments_of(name: str, steps: dict[int, tuple[Tensor, Tensor, float]]) -> Moments:
     first, count = min(steps), len(steps)
     expected = range(first, first + count)
-    if sorted(steps) != [*expected] or count < 3:
+    if sorted(steps) != [*expected]:
         raise ValueError(
-            f"The context {name!r} was called in the steps {sorted(steps)}. Expected three or more "
-            f"steps without a gap: guidance that pauses cannot be calibrated."
+            f"The context {name!r} was called in the steps {sorted(steps)}. Expected steps without "
+            f"a gap: guidance that pauses cannot be calibrated."
         )
     r = torch.stack([steps[i][0].flatten() for i in expected])
     q = torch.stack([steps[i][1].flatten() for i in expected])
     rr, qq, rq = _products(r, r), _products(q, q), _products(r, q)
-    pp = torch.tensor([steps[i][2] for i in expected], dtype=torch.float64)
+    pp = torch.tensor([steps[i][2] for i in expected], dtype=torch.float64, device="cpu")
+    if not (rr.isfinite().all() and qq.isfinite().all() and pp.isfinite().all()):
+        raise ValueError(
+            f"The hidden states of the context {name!r} are not finite. Expected runs of a model "
+            f"that works; NaN in float16 is the usual cause."
+        )
     return Moments(first, rr, qq, rq, pp)
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """Mean over elements of all pairs of rows, in fp64: neighbouring rows are nearly equal."""
-    total = torch.zeros((left.shape[0], right.shape[0]), dtype=torch.float64)
+    total = torch.zeros((left.shape[0], right.shape[0]), dtype=torch.float64, device="cpu")
     for begin in range(0, left.shape[1], _CHUNK):
         part = slice(begin, begin + _CHUNK)
         total += left[:, part].double() @ right[:, part].double().T

@@ -203,6 +203,7 @@ class Timeline(Generic[State]):
         first = where.timestep if where.first_timestep is None else where.first_timestep
         run: Run[State] = Run(steps, first, missed)
         run.timesteps = where.timesteps
+        run.begins_at = max(0, (where.position or 0) - missed)
         if ended is not None and where.moment is not None and ended.moment == where.moment:
             if not ended.is_full:
                 run.branches.displace(ended.branches)
@@ -247,7 +248,7 @@ class Timeline(Generic[State]):
             if where.is_rounded and run.missed + group.num_calls == last + 1:
                 is_last = True  # steps that shared a moment were taken for calls of one
         size = 1.0 if self._clock.ascends else _size(run, branch.timestep, where.timestep)
-        has_paused = index > 0 and run.moments - branch.seen_at > 1
+        has_paused = 0 < branch.seen_at < run.moments - 1
         branch.moment, branch.timestep, branch.seen_at = where.moment, where.timestep, run.moments
         siblings = group.branches if len(group.branches) > 1 else None
         return Visit(
@@ -262,6 +263,7 @@ class Run(Generic[State]):
         num_steps: Number N of its steps; `None` where nobody said it.
         first_timestep: Where it began.
         timesteps: Of all its steps, where they are known before.
+        begins_at: Position of its first step: a model that takes over counts its own from 0.
         missed: Steps that were over before it was known to be one run.
         moments: Steps so far, the missed ones included.
         first_moment: Of its first call.
@@ -277,6 +279,7 @@ class Run(Generic[State]):
     ) -> None:
         self.num_steps, self.first_timestep, self.missed = num_steps, first_timestep, missed
         self.timesteps: tuple[float, ...] | None = None
+        self.begins_at = 0
         self.moments = missed
         self.first_moment: Hashable = None
         self.moment: Hashable = None

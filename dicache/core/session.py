@@ -32,7 +32,7 @@ from .readback import as_number
 from .recorder import Recorder
 from .rules import Rules, resolve
 from .run import Timeline
-from .step import Step
+from .step import PAUSED, Step
 from .where import Where
 
 
@@ -140,23 +140,34 @@ class DiCacheSession:
         calibration, run = rules.calibration, self.timeline.run
         if calibration is None:
             return Context(rules)
+        if run.num_steps is None:
+            run.warn("profile", _UNKNOWN_STEPS.format(calibration.num_steps))
+            return Context(rules)
         fitting = calibration.for_run(run.num_steps, run.timesteps)
         if fitting is None:
             run.warn("profile", _OTHER_STEPS.format(calibration.num_steps, run.num_steps))
             return Context(rules)
         if fitting is not calibration:
             run.warn("profile", _RESAMPLED.format(calibration.num_steps, run.num_steps))
-        calibration = fitting
-        extrapolation = calibration.extrapolation(name)
+        extrapolation = fitting.extrapolation(name)
         if extrapolation is None:
-            known = ", ".join(map(repr, calibration.contexts))
+            known = ", ".join(map(repr, fitting.contexts))
             run.warn("profile", _OTHER_CONTEXT.format(name, known))
-        return Context(rules, extrapolation, calibration.plan(name))
+        elif run.moments - run.missed > 1:  # its first step is not the run's
+            run.warn("profile", PAUSED.format(name))
+            return Context(rules)
+        return Context(rules, extrapolation, fitting.plan(name))
 
 
+_UNKNOWN_STEPS = (
+    "The profile was calibrated in runs of {} steps and nobody says how many this one has, so the "
+    "rules without a profile decide. Set DiCacheConfig(num_inference_steps=...), or use "
+    "apply_dicache(pipe) instead of applying it to the transformer."
+)
 _OTHER_STEPS = (
-    "The profile was calibrated in runs of {} steps and this one has {}, so the rules without a "
-    "profile decide. Calibrate in a run like this one."
+    "The profile was calibrated in runs of {} steps and this one has {}, or other timesteps, from "
+    "which nothing can be told of it, so the rules without a profile decide. Calibrate in a run "
+    "like this one."
 )
 _RESAMPLED = (
     "The profile was calibrated in runs of {} steps and this one has {}, or other timesteps, so "

@@ -42,6 +42,7 @@ class Step:
         where: What was said of it.
         name: The branch's, as the statistics call it.
         index: The step's place among its branch's, from 0.
+        place: Its place in the whole run, which other models may have begun.
         stats: Of its run.
         needs_probe: Whether to ask `probe`; `False` on a step that is computed anyway.
         is_done: Whether it was ended by `reuse`, `record`, `discard` or `close`.
@@ -63,6 +64,7 @@ class Step:
         "is_done",
         "name",
         "needs_probe",
+        "place",
         "rows",
         "stats",
         "where",
@@ -75,6 +77,7 @@ class Step:
     def _open(self, visit: Visit[Context]) -> None:
         """Be the step that this is; the only place that gives a step its attributes."""
         branch, self._visit, self.index = visit.branch, visit, visit.index
+        self.place = visit.index + visit.run.begins_at
         self.stats = stats = visit.run.stats
         if branch is None:
             self._context, self.name = Context(self._rules), UNTOLD
@@ -96,6 +99,8 @@ class Step:
             context.drop_entries()
         if visit.has_paused:
             context.on_its_own = 2
+            if context.leave_profile():
+                visit.run.warn("profile", PAUSED.format(self.name))
         if context.computes_in != self.where.computes_in:
             context.change_state(self.where.computes_in)
         self._note_surroundings()
@@ -128,7 +133,7 @@ class Step:
         if not self.is_done:
             self.is_done = True
             for gate in self._context.gates:
-                gate.finish(self.index, reused=False)
+                gate.finish(self.place, reused=False)
 
     def release(self) -> None:
         """Free what the branch keeps, after the run's last step: nobody reuses it any more.
@@ -187,7 +192,7 @@ class Step:
             self.needs_probe = False
             return self._decision
         self._note_tokens(x)
-        self._weights = self._context.weights(self.index)
+        self._weights = self._context.weights(self.place)
         asked: list[Question] = []
         if self._context.is_blind:
             self._decision = self._judge(None)
@@ -345,6 +350,7 @@ class Step:
         if self._tokens is not None or (siblings is None and not moves.are_wanted):
             return
         shows_noise = siblings is None and self.where.is_noisy is None
+        shows_noise = shows_noise and not self._context.is_blind  # which waits for nothing
         if siblings is not None or shows_noise:
             self._tokens = sample_of(x)
         if self._tokens is not None and shows_noise:
@@ -397,7 +403,7 @@ class Step:
         """
         rules, context, visit = self._rules, self._context, self._visit
         if numbers is None:
-            return follow_plan(context.gates, self.index, rules.by_sample)
+            return follow_plan(context.gates, self.place, rules.by_sample)
         branch, leader = visit.branch, None
         may_follow = rules.shares_decisions and not context.on_its_own
         if may_follow and branch is not None and len(self.stats.contexts) > 1:
@@ -409,12 +415,12 @@ class Step:
             if rules.shares_decisions:
                 leaders = self.where.leaders
             decision = judge_samples(
-                context.gates, self.index, numbers[:-1], visit.size, leaders, follows
+                context.gates, self.place, numbers[:-1], visit.size, leaders, follows
             )
         else:
             follow = None if leader is None else leader.state.gates[0].consecutive_reuse > 0
             error, gamma = numbers[-1]
-            decision = judge(context.gates[0], self.index, error, gamma, visit.size, follow)
+            decision = judge(context.gates[0], self.place, error, gamma, visit.size, follow)
             if decision.action == "reuse" or math.isfinite(error) and math.isfinite(gamma):
                 return decision
         self._drop_spoiled_entries(decision)
@@ -439,7 +445,7 @@ class Step:
     def _is_judged(self) -> bool:
         rules, visit, context = self._rules, self._visit, self._context
         run, steps = visit.run, visit.run.num_steps
-        if rules.schedule is not None and self.index >= len(rules.schedule):
+        if rules.schedule is not None and self.place >= len(rules.schedule):
             run.warn("schedule", _SHORT_SCHEDULE.format(len(rules.schedule)))
         if steps is None and rules.needs_num_steps:
             run.warn("num_inference_steps", _UNKNOWN_LENGTH)
@@ -457,7 +463,8 @@ class Step:
             context.begin_anew()
             return False
         return any(
-            gate.wants_probe(self.index, steps, visit.is_last, follows) for gate in context.gates
+            gate.wants_probe(self.place, steps, visit.is_last, follows, self.index)
+            for gate in context.gates
         )
 
     def _is_too_noisy(self) -> bool:
@@ -513,7 +520,7 @@ class Step:
         recorder = self._context.recorder
         if recorder is not None and self.rows is None:
             x, p = (torch.cat(each) for each in zip(*inputs, strict=True))
-            recorder.note(self.name, self.index, self.where.timestep, x, p, y)
+            recorder.note(self.name, self.place, self.where.timestep, x, p, y)
 
     def _finish(self, is_kept: bool) -> None:
         decision, self.is_done = self._decision, True
@@ -527,7 +534,7 @@ class Step:
             numbers = (each.action, each.error, each.accumulated_error, gamma)
             which = sample if by_sample else None
             records.append(StepRecord(self.index, *numbers, which, weights))
-            gate.finish(self.index, reused)
+            gate.finish(self.place, reused)
         if len(records) >= MOST_RECORDS:
             del records[: MOST_RECORDS // 2]
         if self._tokens is not None:
@@ -564,6 +571,11 @@ def _count_memory(run: Run[Context]) -> None:
 GRADIENTS = (
     "Gradients are recorded, and the cache has none to give, so steps are computed without it. "
     "Call the model inside torch.no_grad() or torch.inference_mode()."
+)
+PAUSED = (
+    "The branch {!r} of guidance is not called in every step of the run, and the profile counts "
+    "its steps from the run's first one, so the rules without a profile decide there. Guide in all "
+    "steps, or give a threshold."
 )
 _SHORT_SCHEDULE = (
     "schedule has {} letters and the run more steps. Those behind its end are computed; give "

@@ -37,6 +37,7 @@ class Trajectory:
             steps of its own.
         x: [B, ...] tokens before block 0; gives shape, dtype and device.
         p: [B, ...] tokens after the probe.
+        has_third: Whether a third entry of r is kept, for `extrapolate`.
 
     Attributes:
         runs_ahead: Whether work may be queued while the host does something else.
@@ -44,7 +45,7 @@ class Trajectory:
     """
 
     @torch.inference_mode(False)  # buffers made inside it could not be rewritten outside
-    def __init__(self, rules: Rules, x: Tensor, p: Tensor) -> None:
+    def __init__(self, rules: Rules, x: Tensor, p: Tensor, has_third: bool = False) -> None:
         self._rules = rules
         self._ops = resolve_backend(rules.backend, x.device)
         self._layout = (x.shape, x.dtype, x.device, p.shape, p.dtype, p.device)
@@ -57,7 +58,7 @@ class Trajectory:
             _PROBES: torch.zeros((2, *p.shape), dtype=p.dtype, device=p.device),
             _RESIDUALS: torch.zeros((2, *x.shape), dtype=x.dtype, device=x.device),
         }
-        if rules.calibration is not None:
+        if has_third:
             tensors[_OLDEST] = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         for name in rules.error.buffers:
             like = x if name == "previous_x" else p
@@ -155,7 +156,7 @@ class Trajectory:
             like = self.newest
             wide = self._gamma_dtype
             with torch.inference_mode(False):
-                host = torch.tensor(weights, dtype=wide, pin_memory=like.is_cuda)
+                host = torch.tensor(weights, dtype=wide, device="cpu", pin_memory=like.is_cuda)
                 known = host.to(like.device, non_blocking=True).expand(like.shape[0], -1)
             if len(self._weights) >= _MOST_WEIGHTS:
                 self._weights.clear()

@@ -27,7 +27,11 @@ class Cache:
     """
 
     def __init__(
-        self, transformer: nn.Module, family: ModelFamily, config: DiCacheConfig, name: str
+        self,
+        transformer: nn.Module,
+        family: ModelFamily,
+        config: DiCacheConfig,
+        name: str | None = None,
     ) -> None:
         refuse_others_before(transformer)
         self.transformer, self.config = transformer, config
@@ -62,7 +66,8 @@ def apply(model: Any, config: DiCacheConfig) -> None:
     """See `dicache.apply_dicache`."""
     caches = []
     for name, (transformer, family) in _transformers(model).items():
-        caches.append(Cache(transformer, family, config, name))
+        known_as = name if is_pipeline(model) else None
+        caches.append(Cache(transformer, family, config, known_as))
     first, *others = (cache.session.timeline for cache in caches)
     for timeline in others:  # experts of one run
         timeline.join(first)
