@@ -192,9 +192,11 @@ def _spread(profile: Profile, count: int) -> list[int]:
     """The last step and others spread over the run, each behind at least two of the same model."""
     firsts = {next(iter(each.contexts.values())).first for each in profile.models.values()}
     usable = [s for s in range(profile.num_steps) if not {s, s - 1} & firsts]
-    inner = usable[:-1]
-    places = torch.linspace(len(inner) - 1, 0, min(count, len(usable)) - 1).round().int().tolist()
-    return [usable[-1], *(inner[place] for place in places)][:count]
+    if not count or not usable:
+        return []
+    *inner, last = usable
+    places = torch.linspace(len(inner) - 1, 0, min(count - 1, len(inner))).round().int().tolist()
+    return [last, *(inner[place] for place in places)]
 
 
 def _entries(step: int, moments: Moments) -> tuple[int, ...]:
