@@ -16,6 +16,7 @@ import torch
 from .error_rules import ERROR_RULES
 from .profile import Profile
 
+AUTO = "auto"  # a profile that the first run makes
 _ROUNDINGS = ("floor", "nearest", "next", "calls")
 _ALIGNMENTS = ("l1", "least_squares")
 _GRANULARITIES = ("batch", "sample")
@@ -76,12 +77,15 @@ class DiCacheConfig:
             reused step is then filled in by weights of the three last computed steps that were
             fitted to the model, and which steps are computed is planned before the run, unless
             `threshold` or `schedule` is given. One tensor more is kept a context. Of the rules
-            above a plan keeps `max_consecutive_reuse`; retention and last step are its own affair.
+            above a plan keeps `max_consecutive_reuse`, and the retained steps as far as they are
+            no more than a quarter of the computed ones. `"auto"`: the first run of each model is
+            computed and makes the profile of those that follow, as long as the cache stays on the
+            model; a file of that name is `Path("auto")`.
         target_speedup: With a profile: block work of the un-cached run over that of the planned
             one, probes included. `None`, and no other target: what the rules without a profile
             would cost.
-        target_psnr: With a profile whose gains are measured: the expected PSNR, in dB, of what the
-            run returns, over the samples of the calibration.
+        target_psnr: With a profile whose gains are measured, not `"auto"`: the expected PSNR, in
+            dB, of what the run returns, over the samples of the calibration.
         veto: With a plan: a step is computed all the same where the probe's misfit is more than
             this many times what the calibration saw. `None` follows the plan whatever the probe
             shows, and no step waits for the device.
@@ -202,12 +206,12 @@ class DiCacheConfig:
         object.__setattr__(self, "gamma_range", (low, high))  # a list would not be hashable
 
     def _check_profile(self) -> None:
-        if isinstance(self.profile, (str, os.PathLike)):
+        if self.profile != AUTO and isinstance(self.profile, (str, os.PathLike)):
             object.__setattr__(self, "profile", Profile.load(self.profile))
         self._check(
             "profile",
-            self.profile is None or isinstance(self.profile, Profile),
-            "None, a Profile or the path of one",
+            self.profile in (None, AUTO) or isinstance(self.profile, Profile),
+            "None, a Profile, the path of one, or 'auto'",
         )
         self._check(
             "target_speedup",
@@ -227,6 +231,12 @@ class DiCacheConfig:
             raise ValueError(
                 f"{targets[0]} is {getattr(self, targets[0])} and there is no profile. Give "
                 f"profile=..., which dicache.calibrate or `dicache tune` makes for your model."
+            )
+        if self.profile == AUTO and self.target_psnr is not None:
+            raise ValueError(
+                f"target_psnr is {self.target_psnr} and profile is 'auto', which takes no runs to "
+                f"see how far an error goes. Expected a profile of dicache.calibrate's, or a "
+                f"target_speedup."
             )
         if targets and len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given. Expected one of them.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .adapters import apply_dicache, remove_dicache, sessions_of
 from .config import DiCacheConfig
+from .core.calibration import expected_psnr, planned, planner_of
 from .core.extrapolation import Extrapolation
 from .core.recorder import Recorder
 from .core.session import DiCacheSession
@@ -83,6 +84,49 @@ def calibrate(
         if change > 0 and error > 0:
             measured[step] = change / error
     return replace(profile, gains=_for_all_steps(measured, profile)) if gains else profile
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a profile says of a plan.
+
+    Attributes:
+        computed: Number of computed steps of a run.
+        speedup: Block work of the un-cached run over that of the planned one, probes included.
+        psnr: In dB, of what the run returns; `None` where the profile has no measured gains.
+        masks: The steps of every model, by its name, where no probe objects.
+    """
+
+    computed: int
+    speedup: float
+    psnr: float | None
+    masks: dict[str, str]
+
+
+def expect(
+    profile: Profile, config: DiCacheConfig, default_threshold: float | None = None
+) -> Expectation:
+    """What the plan that a configuration makes of a profile computes, and expects.
+
+    Args:
+        profile: Of a model or pipeline.
+        config: With a target.
+        default_threshold: Without a target, the threshold whose cost is met.
+
+    Raises:
+        ValueError: The target cannot be had from this profile.
+    """
+    planners = {name: planner_of(profile, name, config) for name in profile.models}
+    shares = planned(profile, planners, config, default_threshold)
+    computed, steps = sum(shares.values()), profile.num_steps
+    first = next(iter(profile.models.values()))
+    probe = first.probe_depth / first.identity.num_blocks
+    psnr = None
+    if profile.gains is not None and profile.peak is not None:
+        square = sum(planner.square(shares[name]) for name, planner in planners.items())
+        psnr = expected_psnr(profile, square)
+    masks = {name: planner.schedule(shares[name]) for name, planner in planners.items()}
+    return Expectation(computed, steps / (computed + (steps - computed) * probe), psnr, masks)
 
 
 @contextmanager

@@ -271,7 +271,7 @@ def test_version_and_help(capsys):
     for arguments in ([], ["--help"]):
         assert main(arguments) == 0
         text = capsys.readouterr().out
-        assert all(name in text for name in ("demo", "generate", "info"))
+        assert all(name in text for name in ("demo", "generate", "tune", "info"))
 
 
 def test_python_runs_the_package_as_the_command():
@@ -301,7 +301,7 @@ def test_missing_extras_name_the_extra(monkeypatch, capsys):
 
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("cli.demo", "demo.pictures", "demo.schedule_plot"):
+    for name in ("cli.demo", "demo.pictures", "demo.runner", "schedule_plot"):
         monkeypatch.delitem(sys.modules, f"dicache.{name}", raising=False)
     assert "matplotlib" in one_line_of_trouble(capsys, "demo", "--model", "flux")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dicache import DiCacheConfig, RunStats, StepRecord
-from dicache.demo import pictures, report, schedule_plot
+from dicache import DiCacheConfig, RunStats, StepRecord, schedule_plot
+from dicache.demo import pictures, report
 from dicache.demo.metrics import quality
 from dicache.demo.runner import CacheReport, Run, Sample
 
@@ -24,7 +24,12 @@ RECORDS = [
 
 
 def make_sample(shape, seconds=(3.0, 2.0), difference=0.1, contexts=("cond",)):
-    stats = RunStats({name: list(RECORDS) for name in contexts}, 28 * len(contexts), 4, 4096)
+    stats = RunStats(
+        {name: list(RECORDS) for name in contexts},
+        block_calls=28 * len(contexts),
+        cache_tensors=4,
+        cache_bytes=4096,
+    )
     cache = CacheReport(DiCacheConfig(threshold=0.1), stats, num_blocks=9)
     plain = torch.full(shape, 0.25)
     cached = Run(plain + difference, seconds[1], {"transformer": cache})
@@ -115,7 +120,7 @@ def test_animation_has_every_frame(tmp_path):
 
 def test_schedule_plot_shows_every_action_in_its_colour(tmp_path):
     run = make_sample((3, 8, 8), contexts=("cond", "uncond")).cached
-    schedule_plot.save_schedule_plot(tmp_path / "s.png", "title", run)
+    schedule_plot.save_schedule_plot(tmp_path / "s.png", "title", run.plot_rows())
     plot = numpy.asarray(Image.open(tmp_path / "s.png").convert("RGB"))
     for color in schedule_plot.ACTION_COLORS.values():
         rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
@@ -125,9 +130,9 @@ def test_schedule_plot_shows_every_action_in_its_colour(tmp_path):
 
 def test_schedule_plot_needs_steps_but_not_finite_ones(tmp_path):
     with pytest.raises(ValueError, match="no step to plot"):
-        schedule_plot.save_schedule_plot(tmp_path / "s.png", "t", Run(torch.zeros(3, 8, 8), 1.0))
+        schedule_plot.save_schedule_plot(tmp_path / "s.png", "t", [])
     records = [StepRecord(0, "compute"), StepRecord(1, "resume", math.nan, math.inf)]
     cache = CacheReport(DiCacheConfig(threshold=math.inf), RunStats({"cond": records}, 9), 9)
     run = Run(torch.zeros(3, 8, 8), 1.0, {"transformer": cache})
-    schedule_plot.save_schedule_plot(tmp_path / "s.png", "t", run)
+    schedule_plot.save_schedule_plot(tmp_path / "s.png", "t", run.plot_rows())
     assert (tmp_path / "s.png").is_file()

@@ -6,7 +6,9 @@ they are given is of.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
+
+from torch import nn
 
 from ..config import DiCacheConfig
 from ..core.session import DiCacheSession
@@ -62,6 +64,14 @@ def sessions_of(model_or_holder: Any) -> dict[str, DiCacheSession]:
         ValueError: There is no cache on the model.
     """
     return _adapter_of(model_or_holder).sessions(model_or_holder)
+
+
+@overload
+def get_stats(model_or_holder: nn.Module) -> RunStats: ...
+
+
+@overload
+def get_stats(model_or_holder: Any) -> dict[str, RunStats]: ...
 
 
 def get_stats(model_or_holder: Any) -> RunStats | dict[str, RunStats]:

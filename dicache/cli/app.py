@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +34,39 @@ Sparse = Annotated[
 Density = Annotated[
     float | None,
     typer.Option(help="Share of the attention that --sparse keeps, above 0 and up to 1."),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="Published rules: flux, flux-delta-minus, hunyuan-video or wan2.1. "
+        "If not given, this project's own."
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Reuse while the accumulated error is below; the family's, if not given."),
+]
+Schedule = Annotated[
+    str | None,
+    typer.Option(help="Fixed mask such as CCCRRC: compute or reuse, one letter a step."),
+]
+TargetSpeedup = Annotated[
+    float | None,
+    typer.Option(help="With a profile: so many times less block work, probes included."),
+]
+TargetPsnr = Annotated[
+    float | None, typer.Option(help="With a profile: the PSNR in dB that is expected at least.")
+]
+GuidanceScale = Annotated[float | None, typer.Option(help="As the pipeline has it.")]
+TrueCfgScale = Annotated[
+    float | None,
+    typer.Option(help="Guidance by a second branch, where the pipeline has it (Flux, Qwen)."),
+]
+NegativePrompt = Annotated[str | None, typer.Option(help="What not to draw.")]
+NumFrames = Annotated[int | None, typer.Option(min=1, help="Of a video.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on a GPU.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, mps, ..., or auto: a CUDA GPU if there is one.")
 ]
 Pixels = Annotated[int | None, typer.Option(min=1, help="In pixels.")]
 
@@ -80,6 +113,11 @@ def demo(
         typer.Option(min=1, help="Denoising steps. 30 for images and 50 for videos, if not given."),
     ] = None,
     seed: Seed = 0,
+    preset: Preset = None,
+    threshold: Threshold = None,
+    schedule: Schedule = None,
+    target_speedup: TargetSpeedup = None,
+    target_psnr: TargetPsnr = None,
     sparse: Sparse = False,
     density: Density = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-output"),
@@ -88,34 +126,33 @@ def demo(
 
     Runs the real diffusers pipelines, prints what DiCache saved and how close its pictures are, and
     writes pictures, animations and a plot of what the cache decided in every step. With --sparse,
-    the models of longer videos draw densely, sparsely, with DiCache and with both.
+    the models of longer videos draw densely, sparsely, with DiCache and with both. With a target,
+    the profiles that ship with the models plan the steps.
     """
     from .demo import run_demo
 
-    run_demo(model, steps, seed, out, sparse, density)
+    rules = _given(
+        preset=preset,
+        threshold=threshold,
+        schedule=schedule,
+        target_speedup=target_speedup,
+        target_psnr=target_psnr,
+    )
+    run_demo(model, steps, seed, out, rules, sparse, density)
 
 
 @app.command()
 def generate(
     model: Annotated[str, typer.Option(help="Pipeline: a Hub name or a folder.")],
     prompt: Annotated[str, typer.Option(help="What to draw.")],
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="Published rules: flux, flux-delta-minus, hunyuan-video or wan2.1. "
-            "If not given, this project's own."
-        ),
+    preset: Preset = None,
+    threshold: Threshold = None,
+    schedule: Schedule = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="What `dicache tune` or dicache.calibrate wrote.")
     ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="Reuse while the accumulated error is below; the family's, if not given."
-        ),
-    ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(help="Fixed mask such as CCCRRC: compute or reuse, one letter a step."),
-    ] = None,
+    target_speedup: TargetSpeedup = None,
+    target_psnr: TargetPsnr = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -130,19 +167,12 @@ def generate(
     seed: Seed = 0,
     height: Pixels = None,
     width: Pixels = None,
-    num_frames: Annotated[int | None, typer.Option(min=1, help="Of a video.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="As the pipeline has it.")] = None,
-    true_cfg_scale: Annotated[
-        float | None,
-        typer.Option(help="Guidance by a second branch, where the pipeline has it (Flux, Qwen)."),
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on a GPU.")
-    ] = "auto",
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1, mps, ..., or auto: a CUDA GPU if there is one.")
-    ] = "auto",
+    num_frames: NumFrames = None,
+    guidance_scale: GuidanceScale = None,
+    true_cfg_scale: TrueCfgScale = None,
+    negative_prompt: NegativePrompt = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("dicache-output"),
 ) -> None:
     """Draw a prompt with any supported diffusers pipeline, with DiCache.
@@ -152,20 +182,80 @@ def generate(
     """
     from .generate import Request, run_generate
 
-    arguments = {
-        "num_inference_steps": steps,
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "guidance_scale": guidance_scale,
-        "true_cfg_scale": true_cfg_scale,
-        "negative_prompt": negative_prompt,
+    given = _given(
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+        negative_prompt=negative_prompt,
+    )
+    rules = {
+        "preset": preset,
+        "threshold": threshold,
+        "schedule": schedule,
+        "profile": profile,
+        "target_speedup": target_speedup,
+        "target_psnr": target_psnr,
     }
-    given = {name: value for name, value in arguments.items() if value is not None}
-    rules = {"preset": preset, "threshold": threshold, "schedule": schedule}
     sparsity = {"sparse": sparse, "density": density}
     request = Request(model, prompt, seed, given, rules, sparsity, compare, dtype, device, out)
     run_generate(request)
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str, typer.Option(help="Pipeline: a Hub name, a folder, or flux, hunyuan-video or wan.")
+    ],
+    out: Annotated[Path, typer.Option(help="The profile's file.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file with a prompt a line, of the kind that you draw.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Un-cached runs.")] = 2,
+    gains: Annotated[
+        int,
+        typer.Option(min=0, help="More runs, which measure how far an error in a step goes."),
+    ] = 8,
+    target_speedup: TargetSpeedup = None,
+    target_psnr: TargetPsnr = None,
+    steps: Steps = None,
+    seed: Seed = 1000,
+    height: Pixels = None,
+    width: Pixels = None,
+    num_frames: NumFrames = None,
+    guidance_scale: GuidanceScale = None,
+    true_cfg_scale: TrueCfgScale = None,
+    negative_prompt: NegativePrompt = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Calibrate the cache on a model: a few runs of it make a profile.
+
+    Prints what each speed costs, and the lines of Python that use the profile. Steps, size and
+    guidance should be those that you draw with.
+    """
+    from .generate import Request
+    from .tune import run_tune
+
+    given = _given(
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+        negative_prompt=negative_prompt,
+    )
+    targets = {"target_speedup": target_speedup, "target_psnr": target_psnr}
+    request = Request(model, "", seed, given, targets, {}, dtype=dtype, device=device)
+    run_tune(request, prompts, samples, gains, out)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command()

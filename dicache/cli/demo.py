@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dicache import SparseVideoGenConfig
+from dicache import DiCacheConfig, SparseVideoGenConfig
 from dicache.demo.heads_plot import save_heads_plot, temporal_shares
 from dicache.demo.pictures import (
     comparison_animation,
@@ -28,6 +28,7 @@ from dicache.demo.pipelines import (
     load_pipeline,
     pipeline_inputs,
 )
+from dicache.demo.profiles import PROFILE_STEPS, shipped_profile
 from dicache.demo.report import (
     Summary,
     comparison_table,
@@ -37,7 +38,6 @@ from dicache.demo.report import (
     write_json,
 )
 from dicache.demo.runner import Decode, Inputs, Sample, run_cached, run_uncached
-from dicache.demo.schedule_plot import save_schedule_plot
 from dicache.demo.sparse import (
     NOTE,
     RUNS,
@@ -48,17 +48,18 @@ from dicache.demo.sparse import (
     sparse_table,
     sparse_to_dict,
 )
+from dicache.schedule_plot import save_schedule_plot
 
 from .errors import InputError, note
 from .files import make_folder
 from .info import versions
-from .rules import make_sparse_config
+from .rules import make_config, make_sparse_config
 
-DEFAULT_STEPS = {"flux": 30, "hunyuan-video": 50, "wan": 50}
 SAMPLES = 4
 SPARSE_SAMPLES = 2  # these videos are three times as long, and drawn four times
 _SPARSE_BLOCK = 16  # of 600 tokens, blocks of 128 would leave five a row
 _WARM_UP_STEPS = 6  # enough for every kind of step: computed, resumed, reused
+_WARM_UP_RULES = DiCacheConfig()  # a profile or mask is of the runs that count
 # Models this small gain little from more threads, and on a busy machine threads that wait for each
 # other make times meaningless.
 _THREADS = 1
@@ -80,27 +81,32 @@ def run_demo(
     steps: int | None,
     seed: int,
     out: Path,
+    options: Mapping[str, Any],
     sparse: bool = False,
     density: float | None = None,
 ) -> None:
     """Run the demo of one model or of all, print its table, and write its files.
 
+    Args:
+        options: Those of the cache that were given; a target takes the shipped profiles.
+
     Raises:
-        InputError: There is no such model or density, the model cannot be sparse, or `out` cannot
-            be written to.
+        InputError: There is no such model, rule or density, the model cannot be sparse, or `out`
+            cannot be written to.
     """
     rules = make_sparse_config(sparse, density, _SPARSE_BLOCK)
     names = _models(model) if rules is None else _sparse_models(model)
+    configs = {name: _config(name, options, sparse) for name in names}
     folders = {name: make_folder(out / name) for name in names}
     torch.set_num_threads(_THREADS)
     done = []
-    with _progress() as progress:
+    with progress_bar() as progress:
         runs = 2 * SAMPLES if rules is None else len(RUNS) * SPARSE_SAMPLES
         task = progress.add_task("", total=runs * len(names))
         for name in names:
             tick = _ticker(progress, task, name)
-            count = steps or DEFAULT_STEPS[name]
-            done.append(_run_model(name, count, seed, rules, folders[name], tick))
+            count = steps or PROFILE_STEPS[name]
+            done.append(_run_model(name, count, seed, configs[name], rules, folders[name], tick))
     _print_results(done)
     for folder in folders.values():
         found = ", ".join(sorted(path.name for path in folder.iterdir()))
@@ -119,6 +125,7 @@ def _run_model(
     name: str,
     steps: int,
     seed: int,
+    config: DiCacheConfig,
     rules: SparseVideoGenConfig | None,
     folder: Path,
     tick: Callable[[str, int], None],
@@ -131,9 +138,10 @@ def _run_model(
     extra: dict[str, Any] = {}
     fours: list[FourRuns] = []
     if rules is None:
-        samples = _draw_samples(pipe, _calls(trained, steps, seed, SAMPLES), tick)
+        samples = _draw_samples(pipe, _calls(trained, steps, seed, SAMPLES), config, tick)
     else:
-        fours = _draw_four_runs(pipe, _calls(trained, steps, seed, SPARSE_SAMPLES), rules, tick)
+        calls = _calls(trained, steps, seed, SPARSE_SAMPLES)
+        fours = _draw_four_runs(pipe, calls, config, rules, tick)
         samples = [each.cached for each in fours]
         extra["sparse"] = sparse_to_dict(rules, fours)
         _write_sparse_files(folder, trained, title, fours)
@@ -154,6 +162,16 @@ def _print_results(results: list[_Result]) -> None:
         notes = [f"{name}: {margin_text(fours)}" for name, fours in sparse.items()]
         text = "\n".join([NOTE, _SPARSE_CAPTION, *notes])
         console.print(text, style="dim", highlight=False)
+
+
+def _config(name: str, options: Mapping[str, Any], sparse: bool) -> DiCacheConfig:
+    """The rules of a model, with its profile where there is a target."""
+    targets = [each for each in options if each.startswith("target_")]
+    if targets and sparse:
+        option = "--" + targets[0].replace("_", "-")
+        raise InputError(f"{option} needs a profile, and the models of --sparse ship without one")
+    profile = shipped_profile(name) if targets else None
+    return make_config(**options, profile=profile)
 
 
 def _models(model: str) -> tuple[str, ...]:
@@ -179,7 +197,8 @@ def _sparse_models(model: str) -> tuple[str, ...]:
     return found
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """On stderr, gone when it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
 
@@ -224,34 +243,40 @@ def _calls(name: str, steps: int, seed: int, count: int) -> _Calls:
     return _Calls(lambda output: decode(name, output)[0], warm_up, samples)
 
 
-def _draw_samples(pipe: Any, calls: _Calls, tick: Callable[[str, int], None]) -> list[Sample]:
+def _draw_samples(
+    pipe: Any, calls: _Calls, config: DiCacheConfig, tick: Callable[[str, int], None]
+) -> list[Sample]:
     """Draw every prompt in turn without and with the cache, so that both see the same load."""
     run_uncached(pipe, calls.warm_up, calls.decode)
-    run_cached(pipe, calls.warm_up, calls.decode)
+    run_cached(pipe, calls.warm_up, calls.decode, _WARM_UP_RULES)
     samples = []
     for number, (prompt, seed, inputs) in enumerate(calls.samples, start=1):
         tick(f"prompt {number} without cache", 0)
         uncached = run_uncached(pipe, inputs, calls.decode)
         tick(f"prompt {number} with DiCache", 1)
-        cached = run_cached(pipe, inputs, calls.decode)
+        cached = run_cached(pipe, inputs, calls.decode, config)
         tick("", 1)
         samples.append(Sample(prompt, seed, cached, uncached))
     return samples
 
 
 def _draw_four_runs(
-    pipe: Any, calls: _Calls, rules: SparseVideoGenConfig, tick: Callable[[str, int], None]
+    pipe: Any,
+    calls: _Calls,
+    config: DiCacheConfig,
+    rules: SparseVideoGenConfig,
+    tick: Callable[[str, int], None],
 ) -> list[FourRuns]:
     """Draw every prompt by all kinds of runs in turn."""
     tick("warm-up", 0)
-    for _ in four_runs(pipe, calls.warm_up, calls.decode, rules):
+    for _ in four_runs(pipe, calls.warm_up, calls.decode, rules, _WARM_UP_RULES):
         pass
     samples = []
     for number, (prompt, seed, inputs) in enumerate(calls.samples, start=1):
         runs = {}
         tick(f"prompt {number}, {RUNS[0]}", 0)
         for (kind, run), coming in zip(
-            four_runs(pipe, inputs, calls.decode, rules), (*RUNS[1:], "done"), strict=True
+            four_runs(pipe, inputs, calls.decode, rules, config), (*RUNS[1:], "done"), strict=True
         ):
             runs[kind] = run
             tick(f"prompt {number}, {coming}", 1)
@@ -277,7 +302,7 @@ def _write_files(
         save_animation(folder / "animation.gif", comparison_animation(title, samples))
     first = samples[0]
     plot_title = f"{title}: {first.prompt}, seed {first.seed}"
-    save_schedule_plot(folder / "schedule.png", plot_title, first.cached)
+    save_schedule_plot(folder / "schedule.png", plot_title, first.cached.plot_rows())
     data = {
         "model": summary.name,
         "versions": versions(),

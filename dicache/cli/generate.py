@@ -39,7 +39,6 @@ from dicache.demo.report import (
     write_json,
 )
 from dicache.demo.runner import Run, Sample, run_cached, run_sparse, run_uncached
-from dicache.demo.schedule_plot import save_schedule_plot
 from dicache.demo.sparse import (
     NOTE,
     RUNS,
@@ -50,11 +49,12 @@ from dicache.demo.sparse import (
     sparse_table,
     sparse_to_dict,
 )
+from dicache.schedule_plot import save_schedule_plot
 
 from .errors import InputError, note, one_line
 from .files import make_folder
 from .info import devices, versions
-from .rules import make_sparse_config
+from .rules import make_config, make_sparse_config
 
 VIDEO_FPS = 16
 _DTYPES = {
@@ -73,7 +73,7 @@ class Request:
 
     Attributes:
         arguments: Arguments of the pipeline's call that were given, by the pipeline's names.
-        rules: `preset`, `threshold` and `schedule`, each None where not given.
+        rules: Arguments of `rules.make_config`, each None, or missing, where not given.
         sparsity: `sparse` and `density`.
     """
 
@@ -103,15 +103,15 @@ def run_generate(request: Request) -> None:
     folder = make_folder(request.out)
     pipe = load_pipeline(request.model, dtype)
     _check_supported(pipe, config, sparse)
-    arguments = _check_arguments(pipe, request)
-    with _memory_errors(device):
+    arguments = check_arguments(pipe, request)
+    with memory_errors(device):
         pipe.to(device)
         sample, four = _draw(pipe, request, arguments, config, sparse)
     name = type(pipe).__name__
     summary = summarize(name, [sample])
     written = _write_pictures(folder, name, sample, four)
     title = f"DiCache in {name}: {_shorten(request.prompt)}, seed {request.seed}"
-    save_schedule_plot(folder / "schedule.png", title, sample.cached)
+    save_schedule_plot(folder / "schedule.png", title, sample.cached.plot_rows())
     data = {
         "model": request.model,
         "pipeline": name,
@@ -137,22 +137,6 @@ def run_generate(request: Request) -> None:
         console.print(f"attention density {density(sample.cached):.3f}", highlight=False)
     files = ", ".join([*written, "schedule.png", "stats.json"])
     console.print(f"{folder}: {files}", soft_wrap=True, highlight=False, markup=False)
-
-
-def make_config(preset: str | None, threshold: float | None, schedule: str | None) -> DiCacheConfig:
-    """The rules that the options describe.
-
-    Raises:
-        InputError: There is no such preset, or a value is out of its range.
-    """
-    given = {"threshold": threshold, "schedule": schedule}
-    given = {name: value for name, value in given.items() if value is not None}
-    try:
-        if preset is None:
-            return DiCacheConfig(**given)  # type: ignore[arg-type]
-        return DiCacheConfig.preset(preset, **given)
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
 
 
 def find_device(name: str) -> torch.device:
@@ -227,7 +211,7 @@ def _check_supported(pipe: Any, config: DiCacheConfig, sparse: SparseVideoGenCon
         raise InputError(one_line(error)) from error
 
 
-def _check_arguments(pipe: Any, request: Request) -> dict[str, Any]:
+def check_arguments(pipe: Any, request: Request) -> dict[str, Any]:
     """Arguments for the pipeline's call, all of which it takes.
 
     Raises:
@@ -269,34 +253,38 @@ def _draw(
         return {**arguments, "generator": generator, **changes}
 
     prompt, seed = request.prompt, request.seed
-    with _refused_arguments():
+    with refused_arguments():
         if request.compare:
             pipe.set_progress_bar_config(desc="warm-up")
-            run_uncached(pipe, lambda: inputs(num_inference_steps=1), _pictures)
+            run_uncached(pipe, lambda: inputs(num_inference_steps=1), first_pictures)
         if request.compare and sparse is not None:
             runs = {}
             pipe.set_progress_bar_config(desc=RUNS[0])
             for (kind, run), coming in zip(
-                four_runs(pipe, inputs, _pictures, sparse, config), (*RUNS[1:], ""), strict=True
+                four_runs(pipe, inputs, first_pictures, sparse, config),
+                (*RUNS[1:], ""),
+                strict=True,
             ):
                 runs[kind] = run
                 pipe.set_progress_bar_config(desc=coming)
             return Sample(prompt, seed, runs["both"], runs["dense"]), FourRuns(prompt, seed, runs)
         pipe.set_progress_bar_config(desc="with DiCache")
         if sparse is None:
-            cached = run_cached(pipe, inputs, _pictures, config)
+            cached = run_cached(pipe, inputs, first_pictures, config)
         else:
-            cached = run_sparse(pipe, sparse, lambda: run_cached(pipe, inputs, _pictures, config))
+            cached = run_sparse(
+                pipe, sparse, lambda: run_cached(pipe, inputs, first_pictures, config)
+            )
         if not bool(cached.pictures.isfinite().all()):
             note("the pipeline's output has NaN or infinite pixels")
         if not request.compare:
             return Sample(prompt, seed, cached), None
         pipe.set_progress_bar_config(desc="without cache")
-        uncached = run_uncached(pipe, inputs, _pictures)
+        uncached = run_uncached(pipe, inputs, first_pictures)
     return Sample(prompt, seed, cached, uncached), None
 
 
-def _pictures(output: Any) -> Tensor:
+def first_pictures(output: Any) -> Tensor:
     """The first picture [3, H, W] or video [F, 3, H, W] of a pipeline's result."""
     for field in ("images", "frames"):
         batch = getattr(output, field, None)
@@ -363,7 +351,7 @@ def _has_ffmpeg() -> bool:
 
 
 @contextmanager
-def _refused_arguments() -> Iterator[None]:
+def refused_arguments() -> Iterator[None]:
     """Turn what a pipeline's own check of its arguments says into an `InputError`."""
     try:
         yield
@@ -375,7 +363,8 @@ def _refused_arguments() -> Iterator[None]:
 
 
 @contextmanager
-def _memory_errors(device: torch.device) -> Iterator[None]:
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Turn too little memory into an `InputError`."""
     try:
         yield
     except torch.OutOfMemoryError as error:

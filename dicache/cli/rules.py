@@ -1,10 +1,43 @@
-"""The rules of Sparse VideoGen that `--sparse` and `--density` describe."""
+"""The rules that the options of the command line describe."""
 
 from __future__ import annotations
 
-from dicache import SparseVideoGenConfig
+from pathlib import Path
+
+from dicache import DiCacheConfig, Profile, SparseVideoGenConfig
 
 from .errors import InputError, one_line
+
+
+def make_config(
+    preset: str | None = None,
+    threshold: float | None = None,
+    schedule: str | None = None,
+    profile: Path | Profile | None = None,
+    target_speedup: float | None = None,
+    target_psnr: float | None = None,
+) -> DiCacheConfig:
+    """The cache's rules.
+
+    Raises:
+        InputError: There is no such preset or file, or a value is out of its range.
+    """
+    given = {
+        "threshold": threshold,
+        "schedule": schedule,
+        "profile": profile,
+        "target_speedup": target_speedup,
+        "target_psnr": target_psnr,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        if preset is None:
+            return DiCacheConfig(**given)  # type: ignore[arg-type]
+        return DiCacheConfig.preset(preset, **given)
+    except OSError as error:
+        raise InputError(f"--profile {profile} cannot be read: {one_line(error)}") from error
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
 
 
 def make_sparse_config(

@@ -83,7 +83,7 @@ class Calibration:
         self._planner: Planner | None = None
         if config.threshold is None and config.schedule is None:
             with torch.device("cpu"):  # whatever the default one is
-                planners = {name: _planner(profile, name, config) for name in profile.models}
+                planners = {name: planner_of(profile, name, config) for name in profile.models}
                 shares = planned(profile, planners, config, default_threshold)
             self._planner, self.computed = planners[model], shares[model]
 
@@ -254,7 +254,8 @@ def _misfit(
     return extrapolation.misfit(step, entries, relative_to_probe, config.gamma_range)
 
 
-def _planner(profile: Profile, model: str, config: DiCacheConfig) -> Planner:
+def planner_of(profile: Profile, model: str, config: DiCacheConfig) -> Planner:
+    """The planner of one model of a profile."""
     contexts = [*_extrapolations(profile, model).values()]
     gains = profile.gains or [profile.step_size(step) for step in range(profile.num_steps)]
     first = contexts[0].first

@@ -96,12 +96,17 @@ class Gate:
         limit = self.rules.max_consecutive_reuse
         return limit is not None and self.consecutive_reuse >= limit
 
-    def finish(self, step: int, reused: bool) -> None:
-        """Count a reused step, or start anew after a computed one."""
+    def finish(self, step: int, reused: bool) -> bool:
+        """Count a reused step, or start anew after a computed one.
+
+        Returns:
+            Whether that was against a plan.
+        """
         self.consecutive_reuse = self.consecutive_reuse + 1 if reused else 0
         if not reused:
             self.accumulated_error = 0.0
             self.entries = (step, *self.entries[:2])
+        return False
 
     def forget_entries(self) -> None:
         """The entries cannot be used any more."""
@@ -120,7 +125,6 @@ class PlannedGate(Gate):
         super().__init__(rules)
         self.plan = plan
         self._left = plan.computed
-        self.num_vetoes = 0
 
     def wants_probe(
         self,
@@ -155,14 +159,12 @@ class PlannedGate(Gate):
     def counts_size(self) -> bool:
         return False
 
-    def finish(self, step: int, reused: bool) -> None:
+    def finish(self, step: int, reused: bool) -> bool:
         is_veto = not reused and self.wants_probe(step, None, False)
         before = self.entries
         super().finish(step, reused)
-        if reused:
-            return
-        if is_veto:
-            self.num_vetoes += 1
-            if self.plan.is_too_dear(before, self._left, self.entries):
-                return
-        self._left = max(self._left - 1, 0)
+        if is_veto and self.plan.is_too_dear(before, self._left, self.entries):
+            return True
+        if not reused:
+            self._left = max(self._left - 1, 0)
+        return is_veto

@@ -49,6 +49,11 @@ class Recorder:
         self._steps.clear()
         self.timesteps.clear()
 
+    def is_whole(self, num_steps: int) -> bool:
+        """Whether every context has all steps of a run of that length."""
+        wanted = {*range(num_steps)}
+        return bool(self._steps) and all(steps.keys() == wanted for steps in self._steps.values())
+
     def moments(self) -> dict[str, Moments]:
         """Moments of every context, averaged over the batch.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import DiCacheConfig
+from ..config import AUTO, DiCacheConfig
 from ..error_rules import ERROR_RULES, ErrorRule
 from ..profile import Profile
 from .calibration import Calibration
@@ -30,6 +30,7 @@ class Rules:
         counts_calls: Whether it matters to retention which branch of a step is called first.
         is_hopeful: Whether the errors decide, so that a run in which nothing was reused is news.
         calibration: What the configuration's profile means here, if it has one.
+        learns: Whether the first run makes the profile.
 
     The other attributes are the configuration's.
     """
@@ -46,6 +47,7 @@ class Rules:
     counts_calls: bool
     is_hopeful: bool
     calibration: Calibration | None
+    learns: bool
     veto: float | None
     reuse_at_threshold: bool
     compute_last_step: bool
@@ -76,8 +78,10 @@ def resolve(
         name = next(iter(config.profile.models)) if model is None else model
         calibration = Calibration(config.profile, name, config, threshold)
     is_default = config.threshold is None and config.schedule is None
-    has_plan = calibration is not None and calibration.computed is not None
-    if is_default and threshold is None and not has_plan:
+    learns = config.profile == AUTO
+    has_plan = is_default and (learns or calibration is not None)
+    needs_threshold = is_default and (not has_plan or (learns and config.target_speedup is None))
+    if needs_threshold and threshold is None:
         raise ValueError(
             "threshold is None, which stands for a model family's own value, and no model is "
             "known here. Give DiCacheConfig(threshold=...) a number."
@@ -100,6 +104,7 @@ def resolve(
         counts_calls=config.retention_rounding == "calls",
         is_hopeful=config.schedule is None and config.threshold != 0 and config.retention_ratio < 1,
         calibration=calibration,
+        learns=learns,
         veto=config.veto,
         reuse_at_threshold=config.reuse_at_threshold,
         compute_last_step=config.compute_last_step,

@@ -147,6 +147,10 @@ class Timeline(Generic[State]):
         if run is not None:
             run.branches.clear()
 
+    def holds(self, run: Run[State]) -> bool:
+        """Whether this run may go on, as far as anybody knows."""
+        return any(each is run for each in self._runs.values())
+
     def reset(self) -> None:
         """Free what is kept for all runs; the next call begins one."""
         self._runs.clear()
@@ -294,6 +298,7 @@ class Run(Generic[State]):
         """Warn with `DiCacheWarning`, once per run and cause."""
         if cause not in self._warned:
             self._warned.add(cause)
+            self.stats.notes.append(message)
             warn_user(message)
 
     @property

@@ -27,7 +27,9 @@ from ..config import DiCacheConfig
 from ..ops import resolve_backend
 from ..profile import Identity
 from ..stats import RunStats
+from .calibration import Calibration
 from .context import Context
+from .learner import Learner
 from .readback import as_number
 from .recorder import Recorder
 from .rules import Rules, resolve
@@ -67,6 +69,9 @@ class DiCacheSession:
             self.rules.config.num_inference_steps,
             ascending_timesteps=ascending_timesteps,
         )
+        self._learner: Learner | None = None
+        if self.rules.learns:
+            self._learner = Learner(self.rules.config, self.rules.threshold, self.timeline)
 
     def step(
         self,
@@ -121,42 +126,62 @@ class DiCacheSession:
     def end(self, run: Hashable) -> None:
         """Free the state of the run with this key (`Where.run`)."""
         self.timeline.end(run)
+        if self._learner is not None:
+            self._learner.settle()
 
     def reset(self) -> None:
         """Free all state now. Statistics stay until the first step of the next run."""
         self.timeline.reset()
+        if self._learner is not None:
+            self._learner.settle()
 
     def warn(self, cause: str, message: str) -> None:
         """Warn with `DiCacheWarning`, once per run and cause."""
         self.timeline.run.warn(cause, message)
 
     def _make_context(self, name: str) -> Context:
-        context = self._new_context(name)
+        rules, run = self.rules_of.get(name, self.rules), self.timeline.run
+        if self._learner is not None:
+            calibration, recorder = self._learner.prepare(run, self.identity)
+            context = self._new_context(name, rules, calibration)
+            context.recorder = recorder
+            return context
+        context = self._new_context(name, rules, self._fitting(rules.calibration))
         context.recorder = self.recorder
         return context
 
-    def _new_context(self, name: str) -> Context:
-        rules = self.rules_of.get(name, self.rules)
-        calibration, run = rules.calibration, self.timeline.run
+    def _fitting(self, calibration: Calibration | None) -> Calibration | None:
+        """What a calibration says of the present run."""
+        run = self.timeline.run
         if calibration is None:
-            return Context(rules)
+            return None
         if run.num_steps is None:
             run.warn("profile", _UNKNOWN_STEPS.format(calibration.num_steps))
-            return Context(rules)
+            return None
         fitting = calibration.for_run(run.num_steps, run.timesteps)
         if fitting is None:
             run.warn("profile", _OTHER_STEPS.format(calibration.num_steps, run.num_steps))
-            return Context(rules)
-        if fitting is not calibration:
+        elif fitting is not calibration:
             run.warn("profile", _RESAMPLED.format(calibration.num_steps, run.num_steps))
-        extrapolation = fitting.extrapolation(name)
-        if extrapolation is None:
-            known = ", ".join(map(repr, fitting.contexts))
+        return fitting
+
+    def _new_context(self, name: str, rules: Rules, calibration: Calibration | None) -> Context:
+        if calibration is None:
+            return Context(rules)
+        run, extrapolation = self.timeline.run, calibration.extrapolation(name)
+        if extrapolation is None and self._learner is not None:
+            self._learner.forget()
+            run.stats.notes.append(_NEW_CONTEXT)
+        elif extrapolation is None:
+            known = ", ".join(map(repr, calibration.contexts))
             run.warn("profile", _OTHER_CONTEXT.format(name, known))
         elif run.moments - run.missed > 1:  # its first step is not the run's
             run.warn("profile", PAUSED.format(name))
             return Context(rules)
-        return Context(rules, extrapolation, fitting.plan(name))
+        plan = calibration.plan(name)
+        if plan is not None:
+            run.stats.planned[name] = plan.computed
+        return Context(rules, extrapolation, plan)
 
 
 _UNKNOWN_STEPS = (
@@ -172,6 +197,9 @@ _OTHER_STEPS = (
 _RESAMPLED = (
     "The profile was calibrated in runs of {} steps and this one has {}, or other timesteps, so "
     "what it says is interpolated. A profile of a run like this one would be better."
+)
+_NEW_CONTEXT = (
+    "a branch of guidance is new to profile='auto', so the next run is computed and recorded."
 )
 _OTHER_CONTEXT = (
     "The profile does not know the branch {!r} of guidance, only {}, so the rules without a "

@@ -451,6 +451,8 @@ class Step:
             run.warn("num_inference_steps", _UNKNOWN_LENGTH)
         if not (visit.is_settled and context.has_history) or context.to_compute:
             return False
+        if context.recorder is not None:  # un-cached runs are what it is for
+            return False
         if context.has_gradients and torch.is_grad_enabled():
             run.warn("gradients", GRADIENTS)
             return False
@@ -534,7 +536,7 @@ class Step:
             numbers = (each.action, each.error, each.accumulated_error, gamma)
             which = sample if by_sample else None
             records.append(StepRecord(self.index, *numbers, which, weights))
-            gate.finish(self.place, reused)
+            self.stats.num_vetoes += gate.finish(self.place, reused)
         if len(records) >= MOST_RECORDS:
             del records[: MOST_RECORDS // 2]
         if self._tokens is not None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from dicache import DiCacheConfig, Profile
 from dicache.demo.runner import CacheReport, Run, Sample
 
 
@@ -84,11 +85,11 @@ _ROWS: tuple[tuple[str, Callable[[Summary], str | None]], ...] = (
     ("frames", lambda s: str(s.frames) if s.frames > 1 else None),
     ("prompts", lambda s: str(s.samples)),
     ("steps x branches", lambda s: s.steps),
-    ("  computed (all blocks)", lambda s: _number(s.computed)),
-    ("  resumed (probe, then rest)", lambda s: _number(s.resumed)),
-    ("  reused (probe only)", lambda s: _number(s.reused)),
-    ("block calls, un-cached", lambda s: _number(s.block_calls_uncached)),
-    ("block calls, DiCache", lambda s: _number(s.block_calls)),
+    ("  computed (all blocks)", lambda s: number_text(s.computed)),
+    ("  resumed (probe, then rest)", lambda s: number_text(s.resumed)),
+    ("  reused (probe only)", lambda s: number_text(s.reused)),
+    ("block calls, un-cached", lambda s: number_text(s.block_calls_uncached)),
+    ("block calls, DiCache", lambda s: number_text(s.block_calls)),
     ("[bold]fewer block calls[/bold]", lambda s: f"[bold]{s.fewer_blocks:.2f}x[/bold]"),
     ("time, un-cached", lambda s: _unit(s.seconds_uncached, ".2f", " s")),
     ("time, DiCache", lambda s: _unit(s.seconds, ".2f", " s")),
@@ -124,7 +125,7 @@ def sample_to_dict(sample: Sample) -> dict[str, Any]:
     quality, uncached = sample.quality, sample.uncached
     caches = {
         name: {
-            "config": asdict(report.config),
+            "config": _config_to_dict(report.config),
             "blocks": report.num_blocks,
             "block_calls_uncached": report.block_calls_uncached,
             "stats": report.stats.to_dict(),
@@ -140,6 +141,13 @@ def sample_to_dict(sample: Sample) -> dict[str, Any]:
         "ssim": None if quality is None else quality.ssim,
         "transformers": caches,
     }
+
+
+def _config_to_dict(config: DiCacheConfig) -> dict[str, Any]:
+    """A configuration; a profile, which is in a file of its own, by what it is called."""
+    values = {each.name: getattr(config, each.name) for each in fields(config)}
+    profile = values["profile"]
+    return {**values, "profile": repr(profile) if isinstance(profile, Profile) else profile}
 
 
 def summary_to_dict(summary: Summary) -> dict[str, Any]:
@@ -186,7 +194,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """With one digit behind the point where it is no whole number."""
     return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
 
 

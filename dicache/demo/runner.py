@@ -29,6 +29,8 @@ from dicache import (
 from dicache.adapters.diffusers.attach import sessions
 from dicache.demo.metrics import Quality, quality
 from dicache.driver.families import find_family
+from dicache.error_rules import ERROR_RULES
+from dicache.schedule_plot import PlotRow
 
 Inputs = Callable[[], dict[str, Any]]
 Decode = Callable[[Any], Tensor]
@@ -70,6 +72,18 @@ class Run:
     seconds: float
     caches: dict[str, CacheReport] = field(default_factory=dict)
     sparse: dict[str, SparseVideoGenStats] = field(default_factory=dict)
+
+    def plot_rows(self) -> list[PlotRow]:
+        """Its contexts, for the schedule plot."""
+        rows = []
+        for transformer, report in self.caches.items():
+            config = report.config
+            threshold = config.threshold if config.schedule is None else None
+            text = ERROR_RULES[config.error].text
+            for context, records in report.stats.contexts.items():
+                name = context if len(self.caches) == 1 else f"{transformer}, {context}"
+                rows.append(PlotRow(name, records, threshold, text))
+        return rows
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import DiCacheConfig
+from ..config import AUTO, DiCacheConfig
 from ..core.rules import Rules, resolve
 from ..core.session import DiCacheSession
 from ..core.step import GRADIENTS, Step
@@ -124,6 +124,7 @@ class CachedModel:
     def count(self, blocks: int, samples: int) -> None:
         """Blocks that ran, for the statistics."""
         stats = self.session.stats
+        stats.num_blocks = len(self.block_calls)
         stats.block_calls += blocks
         stats.block_samples += blocks * samples
 
@@ -374,6 +375,19 @@ def rules_for(
         return resolve(config, threshold)
     identity = Identity.of(model, len(family.blocks(model)))
     return resolve(config, threshold, profile.name_of(name, identity, config.probe_depth))
+
+
+def refuse_to_learn_of_several(config: DiCacheConfig, names: Collection[str]) -> None:
+    """`profile="auto"` sees one model's steps, and those that share a run have one plan.
+
+    Raises:
+        ValueError: There are several models.
+    """
+    if config.profile == AUTO and len(names) > 1:
+        raise ValueError(
+            f"profile is 'auto' and there are several models, {', '.join(names)}, which may share "
+            f"a run. Expected one; dicache.calibrate makes the profile of all of them."
+        )
 
 
 def _check_fit(block: Any, stack: BlockStack) -> None:

@@ -10,7 +10,7 @@ from ...config import DiCacheConfig
 from ...core.session import DiCacheSession
 from ...core.warning import warn_user
 from ...driver.families import ModelFamily, find_family, supported_families
-from ...driver.model import CachedModel, rules_for
+from ...driver.model import CachedModel, refuse_to_learn_of_several, rules_for
 from .components import class_names, components_of, is_pipeline
 from .other_caches import begin_refusing, refuse_others_before, stop_refusing
 from .site import Site, find_feature, find_site
@@ -64,8 +64,9 @@ is_holder = is_pipeline
 
 def apply(model: Any, config: DiCacheConfig) -> None:
     """See `dicache.apply_dicache`."""
-    caches = []
-    for name, (transformer, family) in _transformers(model).items():
+    caches, found = [], _transformers(model)
+    refuse_to_learn_of_several(config, found)
+    for name, (transformer, family) in found.items():
         known_as = name if is_pipeline(model) else None
         caches.append(Cache(transformer, family, config, known_as))
     first, *others = (cache.session.timeline for cache in caches)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...config import DiCacheConfig
-from ...driver.model import CachedModel, rules_for
+from ...driver.model import CachedModel, refuse_to_learn_of_several, rules_for
 from ..holders import refuse_cached
 from .holder import HOLDERS, pipeline_of
 from .locate import Experts, OriginalLocator, refuse_split_sequences
@@ -21,6 +21,7 @@ remove, sessions = HOLDERS.remove, HOLDERS.sessions
 def apply(thing: Any, config: DiCacheConfig) -> None:
     """See `dicache.apply_dicache`."""
     models = models_of(thing)
+    refuse_to_learn_of_several(config, models)
     pipeline = pipeline_of(thing)
     experts = Experts(config.num_inference_steps) if len(models) > 1 else None
     # All are made before the first one is put on, so that an error leaves every model as it was.

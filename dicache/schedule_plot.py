@@ -1,22 +1,22 @@
 """The schedule plot: what the cache decided in every step of a run, and on which evidence.
 
 One row of panels a context (branch) of the run: the step's error, the accumulated error that is
-compared with the threshold, and gamma, the weight of the trajectory. Colour is the step's action.
+compared with the threshold, and the weights of the trajectory. Colour is the step's action.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dicache import DiCacheConfig, StepRecord
-from dicache.demo.runner import CacheReport, Run
-from dicache.error_rules import ERROR_RULES
+from .stats import StepRecord
 
 ACTION_COLORS = {"compute": "#9aa0a6", "resume": "#e8820c", "reuse": "#1f77b4"}
 _ACTION_TEXTS = {
@@ -24,51 +24,61 @@ _ACTION_TEXTS = {
     "resume": "resumed: probe, then the remaining blocks",
     "reuse": "reused: probe only",
 }
+_WEIGHT_COLORS = ("#1f77b4", "#2a9d5c", "#7b3fa0")  # of w1, w2, w3
 _STRIP = 0.07  # height of the colour strip, as a share of its panel
 
 
-def save_schedule_plot(path: Path, title: str, run: Run) -> None:
+@dataclass(frozen=True)
+class PlotRow:
+    """One context of a run.
+
+    Attributes:
+        name: The context's.
+        records: Its steps.
+        threshold: What the accumulated error is compared with, if anything.
+        error_text: What the error is.
+    """
+
+    name: str
+    records: Sequence[StepRecord]
+    threshold: float | None = None
+    error_text: str = ""
+
+
+def save_schedule_plot(path: str | os.PathLike[str], title: str, rows: Sequence[PlotRow]) -> None:
     """Draw the schedule of a cached run and write it to `path`.
 
     Raises:
         ValueError: The run has no records.
     """
-    rows = [
-        (_row_name(run, transformer, context), report, records)
-        for transformer, report in run.caches.items()
-        for context, records in report.stats.contexts.items()
-        if records
-    ]
+    rows = [row for row in rows if row.records]
     if not rows:
         raise ValueError("there is no step to plot: the run has no cache statistics")
     figure = Figure(figsize=(13.0, 1.5 + 2.6 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(rows), 3, squeeze=False)
-    for axes, (name, report, records) in zip(panels, rows, strict=True):
-        _draw_row(axes, name, report.config, records)
-    _label_columns(panels, rows[0][1])
+    for axes, row in zip(panels, rows, strict=True):
+        _draw_row(axes, row)
+    _label_columns(panels, rows[0])
     _draw_head(figure, title)
     figure.savefig(path, dpi=110)
 
 
-def _row_name(run: Run, transformer: str, context: str) -> str:
-    return context if len(run.caches) == 1 else f"{transformer}, {context}"
-
-
-def _draw_row(axes: Any, name: str, config: DiCacheConfig, records: list[StepRecord]) -> None:
+def _draw_row(axes: Any, row: PlotRow) -> None:
+    records = row.records
     counts = {action: sum(r.action == action for r in records) for action in ACTION_COLORS}
     _draw_bars(axes[0], records, [record.error for record in records])
     _draw_bars(axes[1], records, [record.accumulated_error for record in records])
-    _draw_threshold(axes[1], config)
-    _draw_gamma(axes[2], records)
+    _draw_threshold(axes[1], row.threshold)
+    _draw_weights(axes[2], records)
     for panel in axes:
         _draw_actions(panel, records)
     texts = (f"{counts['compute']} computed", f"{counts['resume']} resumed")
     summary = ", ".join((*texts, f"{counts['reuse']} reused"))
-    axes[0].set_ylabel(f"branch {name!r}\n{summary}", fontsize=9)
+    axes[0].set_ylabel(f"branch {row.name!r}\n{summary}", fontsize=9)
 
 
-def _draw_bars(panel: Any, records: list[StepRecord], values: list[float | None]) -> None:
+def _draw_bars(panel: Any, records: Sequence[StepRecord], values: list[float | None]) -> None:
     """One bar a probed step; a value that is not finite has no bar."""
     known = [(r, v) for r, v in zip(records, values, strict=True) if v is not None]
     shown = [(record, value) for record, value in known if math.isfinite(value)]
@@ -80,9 +90,8 @@ def _draw_bars(panel: Any, records: list[StepRecord], values: list[float | None]
     )
 
 
-def _draw_threshold(panel: Any, config: DiCacheConfig) -> None:
-    threshold = config.threshold
-    if threshold is None or not math.isfinite(threshold) or config.schedule is not None:
+def _draw_threshold(panel: Any, threshold: float | None) -> None:
+    if threshold is None or not math.isfinite(threshold):
         return
     color, style = "#c02020", "--"
     line = panel.axhline(threshold, color=color, linestyle=style, linewidth=1.3)
@@ -97,18 +106,30 @@ def _draw_threshold(panel: Any, config: DiCacheConfig) -> None:
     )
 
 
-def _draw_gamma(panel: Any, records: list[StepRecord]) -> None:
-    reused = [record for record in records if record.gamma is not None]
+def _draw_weights(panel: Any, records: Sequence[StepRecord]) -> None:
+    """gamma of reused steps, or the calibrated weights of those that a profile filled in."""
     panel.axhline(1.0, color="#bbbbbb", linewidth=1.0, zorder=0)
-    panel.scatter(
-        [record.step for record in reused],
-        [record.gamma for record in reused],
-        s=22,
-        color=ACTION_COLORS["reuse"],
+    gammas = [(record.step, record.gamma) for record in records if record.gamma is not None]
+    _draw_dots(panel, gammas, ACTION_COLORS["reuse"])
+    calibrated = [(record.step, record.weights) for record in records if record.weights is not None]
+    if not calibrated:
+        return
+    for place, color in enumerate(_WEIGHT_COLORS):
+        dots = [(step, weights[place]) for step, weights in calibrated]
+        _draw_dots(panel, dots, color, f"w{place + 1}")
+    panel.legend(
+        loc="upper left", bbox_to_anchor=(0.0, 1 - _STRIP), ncols=3, frameon=False, fontsize=9
     )
 
 
-def _draw_actions(panel: Any, records: list[StepRecord]) -> None:
+def _draw_dots(
+    panel: Any, dots: Sequence[tuple[int, float]], color: str, label: str | None = None
+) -> None:
+    steps, values = [step for step, _ in dots], [value for _, value in dots]
+    panel.scatter(steps, values, s=22, color=color, label=label)
+
+
+def _draw_actions(panel: Any, records: Sequence[StepRecord]) -> None:
     """A strip along the panel's top with the action of every step, above the data."""
     last = max(record.step for record in records)
     low, high = panel.get_ylim()
@@ -121,11 +142,12 @@ def _draw_actions(panel: Any, records: list[StepRecord]) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _label_columns(panels: Any, report: CacheReport) -> None:
+def _label_columns(panels: Any, row: PlotRow) -> None:
     titles = (
-        f"error of the step\n{ERROR_RULES[report.config.error].text}",
+        f"error of the step\n{row.error_text}",
         "accumulated error since the last computed step\nreused while below the threshold",
-        "gamma of reused steps\n1 repeats the newest residual, more extrapolates",
+        "gamma of reused steps, or w1, w2, w3 of a profile\n"
+        "gamma 1 repeats the newest residual, more extrapolates",
     )
     for panel, text in zip(panels[0], titles, strict=True):
         panel.set_title(text, fontsize=10)
