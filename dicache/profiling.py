@@ -28,7 +28,7 @@ def calibrate(
     run: Run,
     samples: int = 2,
     *,
-    gains: int = 8,
+    gains: int = 16,
     elements: int = 65536,
     probe_depth: int = 1,
     about: Mapping[str, Any] | None = None,
@@ -173,6 +173,7 @@ def _observe(
             recorded.append({name: contexts for name, contexts in found.items() if contexts})
         identities = {name: session.identity for name, session in sessions.items()}
     _check_alike(recorded)
+    _check_length(recorded)
     timesteps: dict[int, float | None] = {}
     models = {}
     for name in recorded[0]:
@@ -211,6 +212,17 @@ def _check_alike(recorded: list[Recorded]) -> None:
         raise ValueError(
             f"The runs differ in their contexts or steps: (model, context, first step, steps) are "
             f"{[sorted(kind) for kind in kinds]}. Expected runs of one kind."
+        )
+
+
+def _check_length(recorded: list[Recorded]) -> None:
+    """See that there is a step that could be reused: the first two of a model never are."""
+    contexts = [moments for each in recorded[0].values() for moments in each.values()]
+    most = max(moments.num_steps for moments in contexts)
+    if most < 3:
+        raise ValueError(
+            f"A run has {most} steps of a model. Expected three or more steps: two are computed "
+            f"first."
         )
 
 

@@ -3,7 +3,7 @@
     python benchmarks/train/profiles.py                  all three, into the package's folder
     python benchmarks/train/profiles.py --model wan --out /tmp/profiles
 
-Seeds from 1000 on, which neither the demo nor `benchmarks/quality.py` draws with. A new training
+Seeds from 1000 on, which neither the demo nor `dicache bench` draws with. A new training
 of a model needs a new profile.
 """
 
@@ -22,7 +22,7 @@ FIRST_SEED = 1000
 SAMPLES = 2  # batches of the model's eight prompts
 
 
-def make_profile(model: str, samples: int = SAMPLES, gains: int = 8) -> dicache.Profile:
+def make_profile(model: str, samples: int = SAMPLES, gains: int = 24) -> dicache.Profile:
     """The profile of a shipped model at its usual number of steps."""
     pipe, prompts = pipelines.load_pipeline(model), pipelines.default_prompts(model)
     steps = PROFILE_STEPS[model]
