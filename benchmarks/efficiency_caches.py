@@ -3,7 +3,7 @@
 A cache is a context manager that puts itself on a pipeline and takes itself off again. dicache and
 cache-dit take a mask; diffusers' caches decide by a threshold, which is set to always or to never
 before every step, so that they still do all the work that a decision takes them. Whether a cache
-did what the mask says is for the caller to count: see `BlockCounter`.
+did what the mask says is for the caller to count: see `dicache.bench.counter`.
 """
 
 from __future__ import annotations
@@ -84,34 +84,6 @@ def absent(device: torch.device) -> dict[str, str]:
     if "cache-dit F1B0" not in present:
         found["cache-dit F1B0"] = "not installed"
     return found
-
-
-class BlockCounter:
-    """Counts the blocks that really run in every call of a transformer, below any cache's hooks."""
-
-    def __init__(self, transformer: nn.Module) -> None:
-        self._blocks = [block for block, _ in family_of(transformer).blocks(transformer)]
-        self._in_call = 0
-        for block in self._blocks:
-            block.forward = self._counted(block.forward)
-
-    def take(self) -> int:
-        """Blocks since the last time; the count begins anew."""
-        count, self._in_call = self._in_call, 0
-        return count
-
-    def remove(self) -> None:
-        """Give the blocks their own `forward` back."""
-        for block in self._blocks:
-            del block.forward
-
-    def _counted(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self._in_call += 1
-            return forward(*args, **kwargs)
-
-        return counted
 
 
 def lists_of_blocks(transformer: nn.Module, share: float = 1.0) -> dict[str, nn.ModuleList]:

@@ -16,8 +16,10 @@ from typing import Any
 import efficiency_models
 import timing
 import torch
-from efficiency_caches import Applied, BlockCounter, Cache, family_of, uncached
+from efficiency_caches import Applied, Cache, family_of, uncached
 from efficiency_models import Model
+
+from dicache.bench.counter import BlockCounter
 
 # The first steps of a run allocate the cache and find the device cold; medians leave them out.
 WARM_UP_STEPS = 2
@@ -182,7 +184,7 @@ class _Recorder:
             yield
         self._calls[-1].append((begin, self._mark()))
         if self._bench.counter is not None:
-            self._blocks[-1].append(self._bench.counter.take())
+            self._blocks[-1].append(sum(self._bench.counter.take()))
 
     def end_step(self, pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
         """The pipeline's callback."""

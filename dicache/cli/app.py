@@ -259,6 +259,61 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        str, typer.Option(help="flux, hunyuan-video, wan, all, or a pipeline's folder or Hub name.")
+    ] = "all",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="With commas: groups (caches, calibration, rules, guidance, memory), or parts of "
+            "methods' names."
+        ),
+    ] = "caches",
+    speedups: Annotated[
+        str, typer.Option(help="Costs to compare at: block work un-cached over cached.")
+    ] = "1.5,2,2.5,3,4",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 32,
+    first_seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample.")] = 2000,
+    steps: Steps = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, of a thread each (on a CPU).")] = 1,
+    profile: Annotated[
+        Path | None, typer.Option(help="Of dicache.calibrate; made on other seeds, if not given.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="For a pipeline of yours: a file, one prompt a line.")
+    ] = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Of a video.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="As the pipeline has it.")] = None,
+    dtype: Annotated[str, typer.Option(help="As in generate.")] = "auto",
+    device: Annotated[str, typer.Option(help="As in generate.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("dicache-bench"),
+) -> None:
+    """Compare caches at equal cost: how close do they stay to the un-cached pictures?
+
+    Searches every method's setting for each speed-up, draws all samples, and writes numbers (JSON,
+    CSV), tables (Markdown), a plot, and one HTML page with the pictures side by side.
+    """
+    from .bench import Request, numbers, run_bench
+
+    arguments = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "guidance_scale": guidance_scale,
+    }
+    given = {name: value for name, value in arguments.items() if value is not None}
+    words = [word.strip() for word in methods.split(",") if word.strip()]
+    request = Request(
+        model, words, numbers(speedups), seeds, first_seed, steps, jobs, profile, prompts, given,
+        dtype, device, out,
+    )  # fmt: skip
+    run_bench(request)
+
+
+@app.command()
 def info(
     families: Annotated[
         bool, typer.Option("--families", help="Instead, what tests show of every model family.")
