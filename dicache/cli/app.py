@@ -217,7 +217,7 @@ def tune(
     gains: Annotated[
         int,
         typer.Option(min=0, help="More runs, which measure how far an error in a step goes."),
-    ] = 8,
+    ] = 16,
     target_speedup: TargetSpeedup = None,
     target_psnr: TargetPsnr = None,
     steps: Steps = None,
