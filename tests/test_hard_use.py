@@ -527,8 +527,22 @@ def by_group(kind: str) -> Callable[[Any], None]:
     return lambda model: model.enable_group_offload(cpu, cpu, kind, **given)
 
 
+# Their root has parameters of its own, which no hook brings, and diffusers refuses their groups.
+NOT_OFFLOADED = ("hunyuan-dit",)
+
+
+@pytest.mark.rules_out("offload")
+@pytest.mark.parametrize("family", NOT_OFFLOADED)
+def test_a_model_that_cannot_be_offloaded_cannot_without_the_cache_either(family: str) -> None:
+    for offload in (sequential, by_group("block_level"), by_group("leaf_level")):
+        model = build(family)
+        with pytest.raises((RuntimeError, ValueError), match="device|group offloading"):
+            offload(model)
+            outputs(model, calls(family))
+
+
 @pytest.mark.backs("offload")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [each for each in FAMILIES if each not in NOT_OFFLOADED])
 def test_offloading_on_every_family(family: str) -> None:
     """By accelerate's hooks on every module, and by diffusers' on blocks and on leaves."""
     rules, steps = DiCacheConfig(schedule="CCRRCR"), calls(family)

@@ -240,7 +240,7 @@ def test_steps_outside_of_the_known_ones_are_not_guessed_at(known, asked):
         ({"target_speedup": True}, "target_speedup is True"),
         ({"target_psnr": math.nan}, "target_psnr is nan. Expected None or a number of dB >= 0"),
         ({"veto": 0.9}, "veto is 0.9. Expected None or a number >= 1"),
-        ({"profile": 3}, "profile is 3. Expected None, a Profile or the path of one"),
+        ({"profile": 3}, "profile is 3. Expected None, a Profile, the path of one, or 'auto'."),
         ({"profile": None, "target_psnr": 40}, "target_psnr is 40 and there is no profile. Give"),
         ({"target_speedup": 2, "target_psnr": 40}, "target_speedup and target_psnr are given"),
         ({"target_speedup": 2, "threshold": 1}, "threshold and target_speedup are given"),
