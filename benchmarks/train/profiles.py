@@ -1,7 +1,7 @@
 """Make the profiles that ship with the demo models: `dicache.calibrate` on two batches of pictures.
 
     python benchmarks/train/profiles.py                  all three, into the package's folder
-    python benchmarks/train/profiles.py --model wan --out /tmp/profiles
+    python benchmarks/train/profiles.py --model wan --out profiles
 
 Seeds from 1000 on, which neither the demo nor `dicache bench` draws with. A new training
 of a model needs a new profile.
