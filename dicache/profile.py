@@ -168,6 +168,17 @@ class Profile:
         if self.peak is not None and not (self.peak > 0 and math.isfinite(self.peak)):
             raise ValueError(f"peak is {self.peak}. Expected None or a number > 0.")
 
+    def block_speedup(self, computed: int) -> float:
+        """Block work of an un-cached run over that of one with so many computed steps."""
+        steps, probe = self.num_steps, self.probe_share
+        return steps / (computed + (steps - computed) * probe)
+
+    @property
+    def probe_share(self) -> float:
+        """Share of a model's blocks that form the probe."""
+        first = next(iter(self.models.values()))
+        return first.probe_depth / first.identity.num_blocks
+
     def step_size(self, step: int) -> float:
         """N (t_prev - t) / t_first, a step's size relative to the mean; 1 where it is unknown."""
         times = self.timesteps

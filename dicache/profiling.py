@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .adapters import apply_dicache, remove_dicache, sessions_of
 from .config import DiCacheConfig
-from .core.calibration import expected_psnr, planned, planner_of
+from .core.calibration import expected_psnr, expected_square, planned, planner_of
 from .core.extrapolation import Extrapolation
 from .core.recorder import Recorder
 from .core.session import DiCacheSession
@@ -118,15 +118,11 @@ def expect(
     """
     planners = {name: planner_of(profile, name, config) for name in profile.models}
     shares = planned(profile, planners, config, default_threshold)
-    computed, steps = sum(shares.values()), profile.num_steps
-    first = next(iter(profile.models.values()))
-    probe = first.probe_depth / first.identity.num_blocks
-    psnr = None
+    computed, psnr = sum(shares.values()), None
     if profile.gains is not None and profile.peak is not None:
-        square = sum(planner.square(shares[name]) for name, planner in planners.items())
-        psnr = expected_psnr(profile, square)
+        psnr = expected_psnr(profile, expected_square(planners, shares))
     masks = {name: planner.schedule(shares[name]) for name, planner in planners.items()}
-    return Expectation(computed, steps / (computed + (steps - computed) * probe), psnr, masks)
+    return Expectation(computed, profile.block_speedup(computed), psnr, masks)
 
 
 @contextmanager

@@ -298,13 +298,7 @@ def bench(
     """
     from .bench import Request, numbers, run_bench
 
-    arguments = {
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "guidance_scale": guidance_scale,
-    }
-    given = {name: value for name, value in arguments.items() if value is not None}
+    given = _given(height=height, width=width, num_frames=num_frames, guidance_scale=guidance_scale)
     words = [word.strip() for word in methods.split(",") if word.strip()]
     request = Request(
         model, words, numbers(speedups), seeds, first_seed, steps, jobs, profile, prompts, given,

@@ -162,7 +162,7 @@ def planned(
         return next(
             shares
             for shares in divisions.values()
-            if expected_psnr(profile, _square(planners, shares)) >= target
+            if expected_psnr(profile, expected_square(planners, shares)) >= target
         )
     if config.target_speedup is not None:
         total = computed_for(profile, config.target_speedup, least=min(divisions))
@@ -177,12 +177,10 @@ def computed_for(profile: Profile, speedup: float, least: int = 1) -> int:
     Raises:
         ValueError: Even with the least number of them the share is larger.
     """
-    first = next(iter(profile.models.values()))
-    probe = first.probe_depth / first.identity.num_blocks
-    steps = profile.num_steps
+    steps, probe = profile.num_steps, profile.probe_share
     computed = round(steps * (1 / speedup - probe) / (1 - probe))
     if computed < least:
-        fastest = steps / (least + (steps - least) * probe)
+        first, fastest = next(iter(profile.models.values())), profile.block_speedup(least)
         raise ValueError(
             f"target_speedup is {speedup}. Expected at most {math.floor(100 * fastest) / 100}: the "
             f"probe is {first.probe_depth} of {first.identity.num_blocks} blocks, and runs in "
@@ -231,8 +229,8 @@ def divided(planners: Mapping[str, Planner]) -> dict[int, dict[str, int]]:
     return {total: shares for total, (_, shares) in sorted(best.items())}
 
 
-def _square(planners: Mapping[str, Planner], shares: Mapping[str, int]) -> float:
-    """Expected mean square error of what a run returns."""
+def expected_square(planners: Mapping[str, Planner], shares: Mapping[str, int]) -> float:
+    """Expected mean square error of what a run returns, with so many computed steps a model."""
     return sum(planners[name].square(computed) for name, computed in shares.items())
 
 

@@ -84,9 +84,7 @@ class Extrapolation:
             gains: G of these steps.
         """
         moments = self._moments
-        total = torch.zeros(
-            2 * len(mask), dtype=torch.float64
-        )  # factors of every r, then of every q
+        total = torch.zeros(2 * len(mask), dtype=torch.float64)  # of every r, then of every q
         entries: Entries = ()
         for index, (letter, gain) in enumerate(zip(mask, gains, strict=True)):
             if letter == "C":

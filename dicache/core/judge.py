@@ -100,8 +100,7 @@ def judge_samples(
             error = _mean_error(numbers, leaders, sample)
         follow = None if follows is None else follows[sample]
         judged.append(judge(gate, step, error, gamma, size, follow))
-    reuses_all = all(decision.action == "reuse" for decision in judged)
-    return Decision("reuse" if reuses_all else "resume", samples=tuple(judged))
+    return _of_samples(judged)
 
 
 def follow_plan(gates: Sequence[Gate], step: int, by_sample: bool) -> Decision:
@@ -109,8 +108,11 @@ def follow_plan(gates: Sequence[Gate], step: int, by_sample: bool) -> Decision:
     judged = [
         Decision("reuse" if gate.wants_probe(step, None, False) else "resume") for gate in gates
     ]
-    if not by_sample:
-        return judged[0]
+    return _of_samples(judged) if by_sample else judged[0]
+
+
+def _of_samples(judged: Sequence[Decision]) -> Decision:
+    """The step's decision, of which each sample has its own."""
     reuses_all = all(decision.action == "reuse" for decision in judged)
     return Decision("reuse" if reuses_all else "resume", samples=tuple(judged))
 

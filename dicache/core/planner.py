@@ -43,19 +43,19 @@ class Planner:
         self._contexts, self._gains, self._retained = contexts, gains, retained
         self.first = contexts[0].first
         self.num_steps = n = len(gains)
-        self._costs = _gap_costs(contexts, torch.tensor(gains, dtype=torch.float64))
+        costs = _gap_costs(contexts, torch.tensor(gains, dtype=torch.float64))
         # value[a, g1, g2, k]: least cost from the computed step a on, with k steps left to compute;
         # the two entries before a lie g1 and g1 + g2 steps behind it (0: there is none).
         width = _WIDEST + 1
         value = torch.full((n, width, width, n + 1), math.inf, dtype=torch.float64)
         choice = torch.full((n, width, width, n + 1), n, dtype=torch.int64)
         for a in range(n - 1, -1, -1):
-            best = self._costs[a, :, :, n, None].repeat(1, 1, n + 1)  # nothing else is computed
+            best = costs[a, :, :, n, None].repeat(1, 1, n + 1)  # nothing else is computed
             taken = torch.full_like(best, n, dtype=torch.int64)
             for following in range(a + 1, n):
                 gap = min(following - a, _WIDEST)
                 then = value[following, gap, :, :-1]  # its gap before is this state's g1
-                cost = self._costs[a, :, :, following, None] + then[:, None, :]
+                cost = costs[a, :, :, following, None] + then[:, None, :]
                 better = cost < best[..., 1:]
                 best[..., 1:] = torch.where(better, cost, best[..., 1:])
                 taken[..., 1:] = torch.where(better, following, taken[..., 1:])
