@@ -30,6 +30,7 @@ from diffusers import (
 import dicache
 from dicache import DiCacheConfig, Profile, calibrate
 
+from . import teacache
 from .subjects import Subject, loaded, transformers_of
 
 THRESHOLDS = tuple(float(f"{1.3**power:.3g}") for power in range(-30, 12))  # 0.0004 to 18
@@ -180,6 +181,15 @@ def _telling_position(model: Any, scheduler: Any) -> Iterator[None]:
         yield
     finally:
         del model.cache_context
+
+
+@contextmanager
+def _teacache(pipe: Any, task: Task, threshold: float) -> Iterator[dict[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        for model in transformers_of(pipe):
+            rule = teacache.teacache(model, task.subject.steps, threshold)
+            stack.enter_context(rule)
+        yield {}
 
 
 @contextmanager
@@ -341,6 +351,7 @@ _ROWS = (
         functools.partial(_mag_cache, None, 0.1),
         learns_ratios=True,
     ),
+    Method("TeaCache's rule, no polynomial", "caches", _teacache),
     Method(
         "cache-dit F1B0",
         "caches",
