@@ -68,10 +68,11 @@ def cuda_version() -> str | None:
 
 
 def architectures(version: str) -> str:
-    """TORCH_CUDA_ARCH_LIST as it is set, or those of the GPUs here, or the usual ones."""
+    """Of TORCH_CUDA_ARCH_LIST, or those of the GPUs here, or the usual ones; names as numbers."""
     import torch
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
 
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+    if os.environ.get("TORCH_CUDA_ARCH_LIST", "native") in ("", "native"):
         if torch.cuda.is_available():
             found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
             listed = ";".join(f"{major}.{minor}" for major, minor in sorted(found)) + "+PTX"
@@ -79,11 +80,16 @@ def architectures(version: str) -> str:
             is_new = tuple(map(int, version.split("."))) >= (12, 8)
             listed = "8.0;9.0;10.0+PTX" if is_new else "8.0;9.0+PTX"
         os.environ["TORCH_CUDA_ARCH_LIST"] = listed  # torch would raise where it sees no GPU
-    return os.environ["TORCH_CUDA_ARCH_LIST"]
+    found = dict.fromkeys(
+        re.findall(r"code=(sm|compute)_(\d+)(\d)([af]?)", "".join(_get_cuda_arch_flags()))
+    )
+    return ";".join(
+        f"{major}.{minor}{kind}" + ("+PTX" if code == "compute" else "")
+        for code, major, minor, kind in found
+    )
 
 
 def extensions() -> list[Extension]:
-    import pybind11
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     common = {"depends": sources("csrc/**/*.h", "csrc/**/*.cuh"), "optional": not BUILD}
@@ -112,6 +118,13 @@ def extensions() -> list[Extension]:
         facts.append(("DICACHE_CUDA_ARCHITECTURES", f'"{architectures(version)}"'))
         flags = {"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": NVCC}
         built.append(operators(CUDAExtension, "_C_cuda", "cuda", **flags))
+    try:
+        import pybind11
+    except ImportError as error:
+        if BUILD:
+            raise
+        print(f"dicache: _build_info is not built, because {error}", file=sys.stderr)
+        return built
     info = Extension(
         "dicache._build_info",
         ["csrc/python/build_info.cpp"],
@@ -138,7 +151,7 @@ def build_command() -> type:
                     raise
                 self.warn(f"{extension.name} is not built, dicache works without it: {error}")
                 info = self.extensions[-1]  # is built last, and must not tell of what is not there
-                if extension.name == "dicache._C_cuda":
+                if extension.name == "dicache._C_cuda" and info.name == "dicache._build_info":
                     info.define_macros = [m for m in info.define_macros if "CUDA" not in m[0]]
 
     return Build

@@ -8,6 +8,9 @@ a tensor's values.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -125,17 +128,73 @@ def check_workspace(x: Tensor, workspace: Tensor | None) -> None:
         _expect_device("workspace", workspace, x)
 
 
-def check_distinct(**tensors: Tensor | None) -> None:
-    """Two samples of a written tensor must not share memory."""
-    for name, tensor in tensors.items():
-        if tensor is None or tensor.is_contiguous():
-            continue
-        rows = tensor[0] if name.endswith("_window") else tensor
-        if rows.shape[0] > 1 and rows.stride(0) < rows[0].numel():
-            raise ValueError(
-                f"{name} is written, and its samples overlap: shape {list(tensor.shape)}, strides "
-                f"{list(tensor.stride())}. Expected samples with memory of their own."
-            )
+class _Rows(NamedTuple):
+    """The samples of a tensor, or of a window's entry, as ranges of bytes."""
+
+    first: int
+    stride: int
+    length: int
+    batch: int
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        return self.first + (self.batch - 1) * self.stride + self.length
+
+    def overlaps(self, other: _Rows) -> bool:
+        """Whether a sample of this one lies over a sample of the other."""
+        if self.end <= other.first or other.end <= self.first:
+            return False
+        mine, others = (range(each.batch) for each in (self, other))
+        return any(
+            self.first + i * self.stride < other.first + j * other.stride + other.length
+            and other.first + j * other.stride < self.first + i * self.stride + self.length
+            for i in mine
+            for j in others
+        )
+
+
+def check_memory(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | None]) -> None:
+    """Refuse memory that a launch would write twice, or read too late (the fast backends).
+
+    Elements are read and then overwritten one by one, so a tensor that is read may be one that is
+    written, sample for sample. Call `check_rows` before.
+    """
+    kept: list[tuple[str, _Rows]] = []
+    for name, tensor in written.items():
+        for rows in _rows_of(name, tensor):
+            if rows.batch > 1 and rows.stride < rows.length:
+                raise ValueError(
+                    f"{name} is written, and its samples overlap: {rows.stride} bytes from one to "
+                    f"the next, of {rows.length} bytes each. Expected samples with memory of their "
+                    f"own."
+                )
+            for other, taken in kept:
+                if rows.overlaps(taken):
+                    which = "its two entries overlap" if other == name else f"overlaps {other}"
+                    raise ValueError(
+                        f"{name} is written, and {which}. Expected memory of its own for each."
+                    )
+            kept.append((name, rows))
+    for name, tensor in read.items():
+        for rows in _rows_of(name, tensor):
+            for other, taken in kept:
+                if rows != taken and rows.overlaps(taken):
+                    raise ValueError(
+                        f"{name} overlaps {other}, which is written. Expected the same memory in "
+                        f"the same dtype, sample for sample, or memory of its own."
+                    )
+
+
+def _rows_of(name: str, tensor: Tensor | None) -> list[_Rows]:
+    if tensor is None or tensor.numel() == 0:
+        return []
+    if name.endswith("_window"):
+        return [rows for entry in (tensor[0], tensor[1]) for rows in _rows_of("", entry)]
+    batch, bytes_each = tensor.shape[0], tensor.element_size()
+    length = tensor.numel() // batch * bytes_each
+    stride = tensor.stride(0) * bytes_each if batch > 1 else length
+    return [_Rows(tensor.data_ptr(), stride, length, batch, tensor.dtype)]
 
 
 def check_rows(**tensors: Tensor | None) -> None:

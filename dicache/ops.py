@@ -22,6 +22,7 @@ operator takes part in autograd.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -282,6 +283,16 @@ def resolve_backend(name: str, device: torch.device | None = None) -> ModuleType
     return sys.modules[__name__]
 
 
+def why_slow(device: torch.device) -> str | None:
+    """Why nothing faster than plain PyTorch runs on this device; `None` if something does.
+
+    Only of devices that this package has faster bodies for.
+    """
+    if device.type == "cuda":
+        return _load_error["_C_cuda"] and _no_triton() and _load_error["_C_cuda"]
+    return _load_error["_C"] if device.type == "cpu" else None
+
+
 def _no_gpu() -> str | None:
     """Why the CUDA operators that were built cannot run here; `None` if they can."""
     if not torch.cuda.is_available():
@@ -302,13 +313,18 @@ def _cuda_architectures() -> str | None:
 
 
 def _covers(built: str, capability: tuple[int, int]) -> bool:
-    """Whether code built for "8.0;9.0+PTX" runs on a GPU: same major version, or from its PTX."""
-    for entry in built.replace(" ", ";").split(";"):
-        version, _, ptx = entry.partition("+")
-        major, minor = (int(number.rstrip("af")) for number in version.split("."))
-        if (major == capability[0] or ptx) and (major, minor) <= capability:
+    """Whether code built for "8.0;9.0+PTX" runs on a GPU: same major version, or from its PTX.
+
+    "9.0a" is for that GPU alone and "10.0f" for its family, their PTX too. Where no entry is a
+    number nobody can tell, and the driver will.
+    """
+    entries = re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", built)
+    for major, minor, kind, ptx in entries:
+        version = int(major), int(minor)
+        is_near = version[0] == capability[0] or (ptx and not kind)
+        if version == capability or (kind != "a" and is_near and version <= capability):
             return True
-    return False
+    return not entries
 
 
 def _no_triton() -> str | None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from dicache import ops, workspace
+from dicache import DiCacheConfig, DiCacheSession, ops, workspace
+from dicache.core.warning import DiCacheWarning
 
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -110,12 +114,41 @@ def test_a_source_distribution_carries_every_source(tmp_path):
         ("8.0;9.0;10.0+PTX", (12, 0), True),
         ("8.0;9.0;10.0+PTX", (7, 5), False),
         ("9.0a", (9, 0), True),
+        ("9.0a", (10, 0), False),
+        ("9.0a+PTX", (10, 0), False),
         ("9.0", (10, 0), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f+PTX", (12, 0), False),
+        ("native", (9, 0), True),  # of an older build: nobody can tell
         ("8.6", (8, 0), False),
     ],
 )
 def test_a_gpu_that_the_build_does_not_cover_is_left_to_triton(built, capability, runs):
     assert ops._covers(built, capability) is runs
+
+
+@pytest.mark.parametrize(
+    ("listed", "built"),
+    [
+        ("9.0", "9.0"),
+        ("8.0 9.0a;10.0+PTX", "10.0;10.0+PTX;8.0;9.0a"),
+        ("Hopper", "9.0;9.0+PTX"),
+        ("native", "8.0;9.0;10.0;10.0+PTX"),
+        (None, "8.0;9.0;10.0;10.0+PTX"),
+    ],
+)
+def test_architectures_are_remembered_as_numbers(monkeypatch, listed, built):
+    """Whatever words the build was told; `native` on a machine without a GPU is the usual ones."""
+    source = (ROOT / "setup.py").read_text()
+    functions = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
+    setup = {"os": os, "re": re}
+    exec(ast.unparse(functions["architectures"]), setup)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if listed is None:
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    else:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert sorted(setup["architectures"]("13.0").split(";")) == sorted(built.split(";"))
 
 
 def test_build_can_be_switched_off(tmp_path):
@@ -229,3 +262,37 @@ def test_diffusers_imports_from_the_roots_folder():
         text=True,
     )
     assert done.stdout.strip() == "imported", done.stderr
+
+
+def test_an_installation_that_compiled_nothing_says_so_where_it_costs(monkeypatch):
+    """Once a place, with the reason and the command; not where plain PyTorch was asked for."""
+    monkeypatch.setitem(
+        ops._load_error, "_C", "dicache._C was not built; DICACHE_BUILD=cpu pip ..."
+    )
+    x = torch.randn(1, 4, 8)
+
+    def run(backend):
+        session = DiCacheSession(DiCacheConfig(threshold=0.1, backend=backend))
+        with session.step("cond", timestep=1.0, num_inference_steps=2) as step:
+            step.record(x, x + 1, x + 2)
+
+    with pytest.warns(DiCacheWarning, match=r"plain PyTorch on this cpu device.*DICACHE_BUILD=cpu"):
+        run("auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("reference")
+    monkeypatch.setitem(ops._load_error, "_C", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("auto")
+
+
+@built
+def test_the_operators_are_built_where_there_is_no_pybind11(tmp_path):
+    """It is for the introspection module alone."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "pybind11.py").write_text("raise ImportError('no pybind11')")
+    done = run_setup(
+        tmp_path, "-q", "build_ext", "--inplace", "--dry-run", PYTHONPATH=str(tmp_path / "hidden")
+    )
+    assert "_build_info is not built, because no pybind11" in done.stderr

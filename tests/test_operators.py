@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import emulated_cuda
+import overlaps
 import pytest
 import torch
 from fuzzing import draws
@@ -524,49 +525,32 @@ def test_rows_of_extrapolate_that_are_not_contiguous(backend: Backend, name: str
             backend.ops.extrapolate_residuals(**arguments)
 
 
-EXTRAPOLATED = ["x", "p", "residual_window", "oldest", "probe_window", "samples"]
-OVERLAPS = ["record x", "record entries", "combine out", "combine samples", "probe samples"]
-OVERLAPS += [f"extrapolate {name}" for name in EXTRAPOLATED]
+REFUSED = [(*case, 1) for case in overlaps.SHIFTED]
+REFUSED += [(*case, 0) for case in overlaps.SAME + overlaps.OF_ITSELF]
 
 
-@pytest.mark.parametrize("case", OVERLAPS)
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: "-".join(map(str, case)))
 def test_memory_that_would_be_read_after_it_was_written_is_refused(
-    backend: Backend, case: str
+    backend: Backend, case: tuple[str, str, str, int]
 ) -> None:
-    """On a GPU it would be a race. `out` may be x, and x and p may be whole window entries."""
-    if backend.name in ("reference", "triton"):
-        pytest.skip("the compiled backends check it; the reference computes before it writes")
-    device, batch, size = backend.device, 2, 64
-    flat = torch.zeros(4 * batch * size, device=device)
-    x, p, y = (torch.zeros(batch, size, device=device) for _ in range(3))
-    window = flat[: 2 * batch * size].view(2, batch, size)
-    newest = torch.zeros(batch, dtype=torch.int32, device=device)
-    sums = torch.ones(batch, 4, device=device)
-    shifted, shared = flat[1 : 1 + batch * size].view(batch, size), x[:1].expand(batch, size)
-    with pytest.raises(RuntimeError, match=r"overlap"):
-        if case == "record x":
-            backend.ops.record_residuals(shifted, p, y, window, window.clone(), newest, sums, False)
-        elif case == "record entries":
-            one = window[:1].expand(2, batch, size)
-            backend.ops.record_residuals(x, p, y, one, window.clone(), newest, sums, False)
-        elif case == "combine out":
-            out = flat[: batch * size].view(batch, size)
-            backend.ops.combine_residuals(shifted, window.clone(), newest, sums[:, 0], out=out)
-        elif case == "combine samples":
-            backend.ops.combine_residuals(x.clone(), window, newest, sums[:, 0], out=shared)
-        elif case.startswith("extrapolate"):
-            arguments = extrapolate_arguments(device, batch, size)
-            arguments["out"] = flat[: batch * size].view(batch, size)
-            name = case.split()[1]
-            if name == "samples":
-                arguments["out"] = shared
-            elif name.endswith("_window"):
-                arguments[name] = flat[1 : 1 + 2 * batch * size].view(2, batch, size)
-            else:
-                arguments[name] = shifted
-            backend.ops.extrapolate_residuals(**arguments)
-        else:
-            backend.ops.probe_statistics(p, y, shared, None, window, newest, sums, 0.0, 2.0)
+    """On a GPU it would be a race. The reference computes before it writes."""
+    if backend.name == "reference":
+        pytest.skip("it computes before it writes")
+    arguments = overlaps.arguments_of(*case, backend.device)
+    before = [each.clone() for each in arguments.values() if isinstance(each, Tensor)]
+    with pytest.raises((ValueError, RuntimeError), match=r"overlap"):
+        getattr(backend.ops, case[0])(**arguments)
+    after = [each for each in arguments.values() if isinstance(each, Tensor)]
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("case", overlaps.ALLOWED, ids="-".join)
+def test_what_is_read_may_be_what_is_written(backend: Backend, case: tuple[str, str, str]) -> None:
+    arguments = overlaps.arguments_of(*case, 0, backend.device)
+    apart = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    getattr(backend.ops, case[0])(**arguments)
+    getattr(backend.ops, case[0])(**apart)
+    assert torch.equal(arguments[case[1]], apart[case[1]])
 
 
 def test_slices_of_one_allocation_are_no_overlap(backend: Backend) -> None:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import overlaps
 import pytest
 import torch
 
@@ -444,3 +445,33 @@ def check_arguments(kernels):
         extrapolate(kernels, step, torch.ones(3, 2).T)
     with pytest.raises(ValueError, match="newest has shape"):
         align(kernels, step | {"newest": torch.zeros(4, dtype=torch.int32)[::2]})
+
+
+@pytest.mark.parametrize("case", overlaps.SHIFTED + overlaps.SAME + overlaps.OF_ITSELF)
+def check_memory_that_is_written_too_early_is_refused(kernels, case):
+    shift = 1 if case in overlaps.SHIFTED else 0
+    with pytest.raises(ValueError, match="overlap"):
+        getattr(kernels, case[0])(**overlaps.arguments_of(*case, shift, "cpu"))
+
+
+@pytest.mark.parametrize("case", overlaps.ALLOWED)
+def check_what_is_read_may_be_what_is_written(kernels, case):
+    arguments = overlaps.arguments_of(*case, 0, "cpu")
+    apart = {k: v.clone() if torch.is_tensor(v) else v for k, v in arguments.items()}
+    getattr(kernels, case[0])(**arguments)
+    getattr(kernels, case[0])(**apart)
+    assert torch.equal(arguments[case[1]], apart[case[1]])
+
+
+@pytest.mark.parametrize("narrow", [FP16, BF16])
+def check_fp64_comes_to_16_bits_by_way_of_fp32(kernels, narrow):
+    """Just above the middle of two numbers: one rounding goes up, two end at the even one."""
+    middle = 2.0 ** -(11 if narrow is FP16 else 8)
+    x = torch.full((1, 4), 1 + middle + 2.0**-40, dtype=FP64)
+    window = torch.zeros(2, 1, 4, dtype=narrow)
+    newest = torch.zeros(1, dtype=torch.int32)
+    assert kernels.combine_residuals(x, window, newest, torch.ones(1)).eq(1.0).all()
+    p, y = torch.zeros(1, 4, dtype=narrow), torch.zeros(1, 4, dtype=FP64)
+    q, r, sums = window.clone(), torch.zeros(2, 1, 4, dtype=FP64), torch.zeros(1, 4, dtype=FP64)
+    kernels.record_residuals(-x, p, y, r, q, newest, sums, True)
+    assert q.eq(1.0).all() and sums[0, 0] == 0

@@ -270,25 +270,39 @@ inline Rows rows_of(const Window& window, int entry, const Samples& samples) {
   return {first, window.batch_stride * bytes, samples.size * bytes, samples.batch, window.dtype};
 }
 
+// Whether a sample of one lies over a sample of the other, but, if `may_be_same`, for a sample that
+// is the other's in the same dtype.
+inline bool do_overlap(const Rows& one, const Rows& two, bool may_be_same) {
+  if (one.batch == 0 || one.length == 0 || one.end() <= two.first || two.end() <= one.first) {
+    return false;
+  }
+  for (int64_t sample = 0; sample < one.batch; ++sample) {
+    for (int64_t other = 0; other < two.batch; ++other) {
+      const char *from = one.begin(sample), *to = two.begin(other);
+      const bool is_same = from == to && sample == other && one.dtype == two.dtype;
+      if (from < to + two.length && to < from + one.length && !(may_be_same && is_same)) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
 // Elements are read and then overwritten one by one, so a tensor that is read may be the one that
 // is written, sample for sample. Any other overlap would be read after it was written.
 inline void expect_apart(const char* read_name, const Rows& read, const char* written_name,
                          const Rows& written) {
-  if (read.batch == 0 || read.length == 0 || read.end() <= written.first ||
-      written.end() <= read.first) {
-    return;
-  }
-  for (int64_t sample = 0; sample < read.batch; ++sample) {
-    for (int64_t other = 0; other < written.batch; ++other) {
-      const char *from = read.begin(sample), *to = written.begin(other);
-      const bool overlaps = from < to + written.length && to < from + read.length;
-      const bool is_same = from == to && sample == other && read.dtype == written.dtype;
-      DICACHE_EXPECT(
-          !overlaps || is_same, read_name, " overlaps ", written_name,
-          ", which is written. Expected the same memory in the same dtype, sample for sample, or "
-          "memory of its own.");
-    }
-  }
+  DICACHE_EXPECT(
+      !do_overlap(read, written, true), read_name, " overlaps ", written_name,
+      ", which is written. Expected the same memory in the same dtype, sample for sample, or "
+      "memory of its own.");
+}
+
+// What two tensors keep has to lie in two places.
+inline void expect_both_kept(const char* name, const Rows& rows, const char* other_name,
+                             const Rows& other) {
+  DICACHE_EXPECT(!do_overlap(rows, other, false), name, " overlaps ", other_name,
+                 ", and both are written. Expected memory of its own for each.");
 }
 
 // Two samples of a written tensor must not share memory.
@@ -302,17 +316,9 @@ inline void expect_distinct(const char* name, const Rows& rows) {
 inline void expect_distinct(const char* name, const Window& window, const Samples& samples) {
   const Rows first = rows_of(window, 0, samples), second = rows_of(window, 1, samples);
   expect_distinct(name, first);
-  if (first.batch == 0 || first.length == 0 || first.end() <= second.first) {
-    return;
-  }
-  for (int64_t sample = 0; sample < first.batch; ++sample) {
-    for (int64_t other = 0; other < second.batch; ++other) {
-      const char *one = first.begin(sample), *two = second.begin(other);
-      DICACHE_EXPECT(
-          two >= one + first.length || one >= two + second.length, name,
-          " is written, and its two entries overlap. Expected entries with memory of their own.");
-    }
-  }
+  DICACHE_EXPECT(
+      !do_overlap(first, second, false), name,
+      " is written, and its two entries overlap. Expected entries with memory of their own.");
 }
 
 }  // namespace dicache

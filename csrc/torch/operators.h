@@ -228,6 +228,10 @@ struct Operators {
       expect_distinct("x_prev", x_prev);
       expect_apart("x", x, "x_prev", x_prev);
       expect_apart("p", p, "x_prev", x_prev);
+      expect_both_kept("x_prev", x_prev, "p_prev", p_prev);
+      for (const int entry : {0, 1}) {
+        expect_apart("probe_window", rows_of(arguments.q, entry, samples), "x_prev", x_prev);
+      }
     }
   }
 
@@ -265,6 +269,9 @@ struct Operators {
                                        std::pair{"y", rows_of(arguments.y, samples)}}) {
         expect_apart(name, read, "residual_window", r);
         expect_apart(name, read, "probe_window", q);
+      }
+      for (const int other : {0, 1}) {
+        expect_both_kept("residual_window", r, "probe_window", rows_of(arguments.q, other, samples));
       }
     }
   }

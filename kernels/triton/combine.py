@@ -30,7 +30,7 @@ def combine_residuals(
     """
     checks.check_combine(x, residual_window, newest, gamma, active, out)
     checks.check_rows(x=x, residual_window=residual_window, out=out)
-    checks.check_distinct(out=out)
+    checks.check_memory({"out": out}, {"x": x, "residual_window": residual_window})
     launch.check_contiguous(newest=newest, active=active)
     # Rows of a buffer that nobody gave are zero where inactive; those of a given one stay.
     fills = out is None and active is not None

@@ -37,7 +37,9 @@ def extrapolate_residuals(
     )
     checks.check_rows(x=x, p=p, oldest=oldest, weights=weights, out=out)
     checks.check_rows(residual_window=residual_window, probe_window=probe_window)
-    checks.check_distinct(out=out)
+    read = {"x": x, "p": p, "oldest": oldest}
+    read |= {"residual_window": residual_window, "probe_window": probe_window}
+    checks.check_memory({"out": out}, read)
     launch.check_contiguous(newest=newest, active=active)
     # Rows of a buffer that nobody gave are zero where inactive; those of a given one stay.
     fills = out is None and active is not None

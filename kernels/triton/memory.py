@@ -19,9 +19,17 @@ def load(pointers, mask, ACC: tl.constexpr):
 
 
 @triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """In a buffer's dtype; fp64 comes to 16 bits by way of fp32, as in torch."""
+    if value.dtype == tl.float64 and DTYPE.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(DTYPE)
+
+
+@triton.jit
 def store(pointers, value, mask):
     """Round to the buffer's dtype and store."""
-    value = value.to(pointers.dtype.element_ty)
+    value = rounded(value, pointers.dtype.element_ty)
     if mask is None:
         tl.store(pointers, value)
     else:

@@ -51,7 +51,8 @@ def probe_statistics(
         x, p, p_prev, x_prev, probe_window, newest, entry_sums, low, high, active
     )
     checks.check_rows(x=x, p=p, p_prev=p_prev, x_prev=x_prev, probe_window=probe_window)
-    checks.check_distinct(p_prev=p_prev, x_prev=x_prev)
+    written = {"p_prev": p_prev, "x_prev": x_prev}
+    checks.check_memory(written, {"x": x, "p": p, "probe_window": probe_window})
     launch.check_contiguous(newest=newest, entry_sums=entry_sums, active=active)
     accumulator = launch.wide(x, p)
     plan = launch.plan(x, p, resident=3 if x_prev is None else 2)

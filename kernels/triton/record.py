@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from . import launch
-from .memory import is_active, load, my_share, store
+from .memory import is_active, load, my_share, rounded, store
 from .reduction import add_partials, is_last, store_partial
 
 _ROWS = tl.constexpr(256)  # samples turned to their new entry at once
@@ -39,7 +39,8 @@ def record_residuals(
     """
     checks.check_record(x, p, y, residual_window, probe_window, newest, entry_sums, active)
     checks.check_rows(x=x, p=p, y=y, residual_window=residual_window, probe_window=probe_window)
-    checks.check_distinct(residual_window=residual_window, probe_window=probe_window)
+    windows = {"residual_window": residual_window, "probe_window": probe_window}
+    checks.check_memory(windows, {"x": x, "p": p, "y": y})
     launch.check_contiguous(newest=newest, entry_sums=entry_sums, active=active)
     plan = launch.plan(x, p, y)
     if plan.batch == 0:
@@ -150,8 +151,8 @@ def _record_block(
     x_value = load(x + start + lanes, mask, ACC)
     residual = load(y + start + lanes, mask, ACC) - x_value
     probe_residual = load(p + start + lanes, mask, ACC) - x_value
-    r = residual.to(r_new.dtype.element_ty)
-    q = probe_residual.to(q_new.dtype.element_ty)
+    r = rounded(residual, r_new.dtype.element_ty)
+    q = rounded(probe_residual, q_new.dtype.element_ty)
     if FIRST:
         d = q.to(ACC) - q.to(ACC)  # zero, or NaN where q is not finite, as in the reference
         store(r_old + start + lanes, r, mask)
