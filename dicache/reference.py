@@ -26,6 +26,8 @@ from torch import Tensor
 
 from . import checks
 
+_LARGEST_FP16 = torch.finfo(torch.float16).max
+
 # Columns of the sums that `probe_statistics` returns; delta_minus appends the last two. With
 # a = q - q_old and d = q_new - q_old, gamma is column 2 over column 3 in both its solutions.
 #   0 sum|p - p_prev|   1 sum|p_prev|   2 sum|a|, or <a, d>    3 sum|d|, or <d, d>    4 sum|r|
@@ -182,6 +184,8 @@ def combine_residuals(
 ) -> Tensor:
     """y = x + r_old + gamma (r_new - r_old), in the window's dtype.
 
+    In fp16 y ends at the largest number, +-65504, infinity too; NaN stays NaN.
+
     Args:
         x: [B, ...] tokens before block 0.
         residual_window: [2, B, ...] residuals r of the two last computed steps.
@@ -203,7 +207,7 @@ def combine_residuals(
     old = _entry(residual_window, newest, old=True).to(wide)
     new = _entry(residual_window, newest, old=False).to(wide)
     y = x.to(wide) + old + _rows(gamma.to(wide), x) * (new - old)
-    return _output(y.to(residual_window.dtype), active, out)
+    return _output(_tokens(y, residual_window.dtype), active, out)
 
 
 @torch.no_grad()
@@ -222,7 +226,8 @@ def extrapolate_residuals(
 
     a, b and c are the three last computed steps, the newest first. Terms are added from left to
     right. Every term is computed whatever its weight is, so that what is not finite reaches y even
-    if its weight is zero (0 * inf is NaN).
+    if its weight is zero (0 * inf is NaN). In fp16 y ends at its largest number, as in
+    `combine_residuals`.
 
     Args:
         x: [B, ...] tokens before block 0.
@@ -254,7 +259,7 @@ def extrapolate_residuals(
     w1, w2, w3 = (_rows(column, x) for column in weights.to(wide).unbind(dim=1))
     q = p.to(wide) - x.to(wide)
     y = x.to(wide) + r_a + w1 * (r_a - r_b) + w2 * (r_b - r_c) + w3 * (q - q_a)
-    return _output(y.to(residual_window.dtype), active, out)
+    return _output(_tokens(y, residual_window.dtype), active, out)
 
 
 @torch.no_grad()
@@ -340,6 +345,12 @@ def _gamma(top: Tensor, bottom: Tensor, residual: Tensor, low: float, high: floa
 
 def _only(sums: Tensor, active: Tensor | None) -> Tensor:
     return sums if active is None else torch.where(_rows(active.bool(), sums), sums, 0.0)
+
+
+def _tokens(y: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float16:  # its largest number is within reach of what models compute
+        y = y.clamp(-_LARGEST_FP16, _LARGEST_FP16)
+    return y.to(dtype)
 
 
 def _output(y: Tensor, active: Tensor | None, out: Tensor | None) -> Tensor:

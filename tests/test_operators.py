@@ -553,6 +553,34 @@ def test_what_is_read_may_be_what_is_written(backend: Backend, case: tuple[str, 
     assert torch.equal(arguments[case[1]], apart[case[1]])
 
 
+@pytest.mark.parametrize("operator", ["combine_residuals", "extrapolate_residuals"])
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.float32, torch.float64])
+def test_filled_in_tokens_end_at_the_largest_number_of_fp16(
+    backend: Backend, operator: str, x_dtype: torch.dtype
+) -> None:
+    """Whole vectors and the rest behind them; wider tokens go on beyond it."""
+    half = torch.tensor([35008.0, -35008.0, 32752.0, 0.5, math.nan]).repeat(7)[None]
+    expected = torch.tensor([65504.0, -65504.0, 65504.0, 1.0, math.nan]).repeat(7)[None]
+    half = half.to(backend.device)
+    newest = torch.zeros(1, dtype=torch.int32, device=backend.device)
+    weights = torch.ones(1, 3, device=backend.device)
+
+    def call(x: Tensor, dtype: torch.dtype) -> Tensor:
+        window = torch.stack([half, half]).to(dtype)
+        if operator == "combine_residuals":
+            return backend.ops.combine_residuals(x, window, newest, weights[:, 0])
+        zeros = torch.zeros_like(torch.stack([x, x]))
+        return backend.ops.extrapolate_residuals(x, x, window, window[0], zeros, newest, weights)
+
+    x = half.to(x_dtype)
+    got = call(x, torch.float16).cpu()
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got[~got.isnan()], expected[~got.isnan()].half())
+    assert call(x, torch.float32)[0, :2].tolist() == [70016.0, -70016.0]
+    if operator == "combine_residuals":  # infinity is a number too large, too
+        assert call(torch.full_like(x, math.inf), torch.float16)[0, 0] == 65504
+
+
 def test_slices_of_one_allocation_are_no_overlap(backend: Backend) -> None:
     """x, p, y and the window interleaved, sample by sample."""
     flat = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)).to(backend.device)
@@ -692,11 +720,12 @@ def test_rounding_equals_torch_for_every_kind_of_number(cpp: Backend, dtype: tor
     special = torch.tensor([math.inf, math.nan, 0.0])
     values = torch.cat([steps.flatten(), bits, special])
     values = torch.cat([values, -values])[None]
-    written = cpp.ops.combine_residuals(
-        values, torch.zeros(2, 1, values.shape[1], dtype=dtype), newest, gamma
-    )
-    expected = values + torch.zeros_like(values)  # x + 0 turns -0 into 0
-    torch.testing.assert_close(written, expected.to(dtype), rtol=0, atol=0, equal_nan=True)
+    written, size = torch.zeros(2, 1, values.shape[1], dtype=dtype), values.shape
+    unused = torch.zeros(2, *size), torch.zeros(1, 4)
+    p, y = torch.zeros(size, dtype=dtype), torch.zeros(size)
+    cpp.ops.record_residuals(-values, p, y, unused[0], written, newest, unused[1], True)
+    expected = torch.zeros_like(values) + values  # 0 - x turns -0 into 0
+    torch.testing.assert_close(written[0], expected.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 # ---- a GPU alone ----

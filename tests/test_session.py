@@ -670,11 +670,13 @@ class Dispatched(TorchDispatchMode):
         ({"error": "delta_minus", "alignment": "l1"}, "dicache::probe_statistics"),
     ],
 )
-def test_a_skipped_step_is_two_operators(config, statistics):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_skipped_step_is_two_operators(config, statistics, dtype):
     """Two launches, and one read of two numbers on the host (`tolist` dispatches nothing)."""
     session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE, **config))
-    drive(session, 3)
-    x, p, _ = tensors(3)
+    for seed in range(3):
+        run_step(session, tensors(seed, dtype=dtype))
+    x, p, _ = tensors(3, dtype=dtype)
     with session.step("cond") as step, Dispatched() as dispatched:
         assert step.probe(x, p).action == "reuse"
         step.reuse(x)

@@ -475,3 +475,21 @@ def check_fp64_comes_to_16_bits_by_way_of_fp32(kernels, narrow):
     q, r, sums = window.clone(), torch.zeros(2, 1, 4, dtype=FP64), torch.zeros(1, 4, dtype=FP64)
     kernels.record_residuals(-x, p, y, r, q, newest, sums, True)
     assert q.eq(1.0).all() and sums[0, 0] == 0
+
+
+@pytest.mark.parametrize("dtypes", [(FP16, FP16, FP16), (FP64, FP32, FP16)])
+def check_filled_in_tokens_end_at_the_largest_number_of_fp16(kernels, dtypes):
+    """What rounds to infinity, both ways, and NaN, in a whole block and in the rest behind it."""
+    x = torch.tensor([32752.0, -32752.0, 32768.0, -40000.0, float("nan"), 1.0])
+    x = x.repeat(BLOCK)[None].to(dtypes[0])
+    window, newest = x.to(dtypes[2]).repeat(2, 1, 1), torch.zeros(1, dtype=torch.int32)
+    arguments = (x, window, newest, torch.ones(1))
+    expected = reference.combine_residuals(*arguments)
+    assert expected[0, :4].tolist() == [65504, -65504, 65504, -65504] and expected[0, 4].isnan()
+    got = kernels.combine_residuals(*arguments)
+    assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
+    p, q = x.to(dtypes[1]), x.to(dtypes[1]).repeat(2, 1, 1)
+    arguments = (x, p, window, window[0], q, newest, torch.ones(1, 3))
+    got, expected = (each.extrapolate_residuals(*arguments) for each in (kernels, reference))
+    assert torch.equal(got.isnan(), expected.isnan()) and not expected.isinf().any()
+    assert torch.equal(got.nan_to_num(0.0), expected.nan_to_num(0.0))

@@ -67,6 +67,7 @@ DICACHE_LANES V store_as(char* to, V value, int count) {
 template <DType kDType, class Vector>
 struct Same {
   using V = Vector;
+  static DICACHE_LANES bool is_float16(Place) { return kDType == DType::kFloat16; }
   static DICACHE_LANES V load(Place place, int64_t index, int count) {
     return load_as<kDType, V>(place.data + index * bytes_of(kDType), count);
   }
@@ -78,6 +79,7 @@ struct Same {
 template <class Vector>
 struct Mixed {
   using V = Vector;
+  static DICACHE_LANES bool is_float16(Place place) { return place.dtype == DType::kFloat16; }
   static DICACHE_LANES V load(Place place, int64_t index, int count) {
     const char* from = place.at(index);
     switch (place.dtype) {
@@ -105,6 +107,16 @@ struct Mixed {
     }
   }
 };
+
+// Tokens of a step that is filled in.
+template <class Format>
+DICACHE_LANES void store_tokens(Place y, int64_t index, typename Format::V value, int count) {
+  using V = typename Format::V;
+  if (Format::is_float16(y)) {
+    value = saturated(value, repeat<V>(kLargestFloat16));
+  }
+  Format::store(y, index, value, count);
+}
 
 // A vector that is written into a buffer of its own dtype comes back as it was.
 DICACHE_LANES void copy(Place from, Place to, int64_t index, int count) {
@@ -225,10 +237,10 @@ void combine_body(const CombineArguments& arguments, int64_t begin, int64_t end)
     const Place r_old = place_of(arguments.r, 1 - newer, sample, first);
     const Place r_new = place_of(arguments.r, newer, sample, first);
     for_each_vector(size, [&](int64_t at, int count) __attribute__((always_inline)) {
-      Format::store(y, at,
-                    combine(Format::load(x, at, count), Format::load(r_old, at, count),
-                            Format::load(r_new, at, count), gammas),
-                    count);
+      store_tokens<Format>(y, at,
+                           combine(Format::load(x, at, count), Format::load(r_old, at, count),
+                                   Format::load(r_new, at, count), gammas),
+                           count);
     });
   }
 }
@@ -257,7 +269,7 @@ void extrapolate_body(const ExtrapolateArguments& arguments, int64_t begin, int6
     const Place r_c = place_of(arguments.r_c, sample, first);
     const Place q_a = place_of(arguments.q, newer, sample, first);
     for_each_vector(size, [&](int64_t at, int count) __attribute__((always_inline)) {
-      Format::store(
+      store_tokens<Format>(
           y, at,
           extrapolate(Format::load(x, at, count), Format::load(p, at, count),
                       Format::load(r_a, at, count), Format::load(r_b, at, count),

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kGpuThreads)
                             newer == 0 ? first : second, gamma);
       values[i] = is_active ? sum : T(0);
     }
-    Format::round_and_store(y, index, values);
+    store_tokens<Format>(y, index, values);
   };
   const bool aligned = are_aligned(x, y, r0, r1);
   walk<Format, 1>(part, arguments.samples.size, aligned, load, use);

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kGpuThreads, kResident)
                       Format::value(loaded.r_c, i), Format::value(loaded.q_a, i), weights);
       values[i] = is_active ? sum : T(0);
     }
-    Format::round_and_store(y, index, values);
+    store_tokens<Format>(y, index, values);
   };
   // Both entries of q: which of them is read must not delay the choice of the width.
   const bool aligned = are_aligned(x, p, y, r0, r1, r_c, q0, q1);

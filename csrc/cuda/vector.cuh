@@ -104,6 +104,9 @@ struct Same {
   static __device__ __forceinline__ T value(const Block<kWidth>& block, int i) {
     return decode<T>(block.element[i]);
   }
+  static __device__ __forceinline__ bool is_float16(const Sample&) {
+    return std::is_same_v<E, __half>;
+  }
   // Stores, and leaves in `values` what was stored.
   template <int kWidth>
   static __device__ __forceinline__ void round_and_store(const Sample& sample, int64_t index,
@@ -147,6 +150,9 @@ struct Mixed {
   static __device__ __forceinline__ T value(const Block<kWidth>& block, int i) {
     return block.element[i];
   }
+  static __device__ __forceinline__ bool is_float16(const Sample& sample) {
+    return sample.dtype == DType::kFloat16;
+  }
   template <int kWidth>
   static __device__ __forceinline__ void round_and_store(const Sample& sample, int64_t index,
                                                          T (&values)[kWidth]) {
@@ -169,6 +175,20 @@ struct Mixed {
     round_and_store(sample, index, values);
   }
 };
+
+// Tokens of a step that is filled in.
+template <class Format, int kWidth>
+__device__ __forceinline__ void store_tokens(const Sample& y, int64_t index,
+                                             typename Format::T (&values)[kWidth]) {
+  using T = typename Format::T;
+  if (Format::is_float16(y)) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      values[i] = saturated(values[i], T(kLargestFloat16));
+    }
+  }
+  Format::round_and_store(y, index, values);
+}
 
 // ---- the walk over a sample ----
 

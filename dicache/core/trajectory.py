@@ -22,7 +22,6 @@ from .rules import Rules
 from .store import BATCH_DIMENSION, make_store
 from .warning import warn_user
 
-_FP16_MAX = torch.finfo(torch.float16).max
 _MOST_WEIGHTS = 1024
 _PROBES, _RESIDUALS, _OLDEST = "probe_window", "residual_window", "oldest_residual"
 
@@ -124,7 +123,7 @@ class Trajectory:
         y = self._ops.combine_residuals(self._dense_x(x), self._residuals, self.newest, gamma)
         if self._packs:
             self.store.empty(_RESIDUALS)
-        return self._finished(y)
+        return self._view_back(y)
 
     def extrapolate(self, x: Tensor, p: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
         """y = x + r_a + w1 (r_a - r_b) + w2 (r_b - r_c) + w3 (p - x - q_a) [B, ...].
@@ -144,13 +143,7 @@ class Trajectory:
         )
         if self._packs:
             self.store.empty(*names)
-        return self._finished(y)
-
-    def _finished(self, y: Tensor) -> Tensor:
-        """The tokens of a reused step, as the model has them."""
-        if y.dtype == torch.float16:  # its largest number is within reach of what models compute
-            y.clamp_(-_FP16_MAX, _FP16_MAX)
-        return self._view_back(y) if self._is_permuted else y
+        return self._view_back(y)
 
     def _weights_on_device(self, weights: tuple[tuple[float, ...], ...]) -> Tensor:
         """Weights [B, 3]. A schedule that repeats has few, and none is copied twice."""

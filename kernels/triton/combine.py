@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from . import launch
-from .memory import is_active, load, my_share, store
+from .memory import is_active, load, my_share, store, store_tokens
 
 
 def combine_residuals(
@@ -100,4 +100,4 @@ def _combine_block(x, window, entry_stride, newest_is_0, weight, y, lanes, mask,
     entry1 = load(window + entry_stride + lanes, mask, ACC)
     old = tl.where(newest_is_0, entry1, entry0)
     new = tl.where(newest_is_0, entry0, entry1)
-    store(y + lanes, x_value + old + weight * (new - old), mask)
+    store_tokens(y + lanes, x_value + old + weight * (new - old), mask)

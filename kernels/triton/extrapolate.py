@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from . import launch
-from .memory import is_active, load, my_share, store
+from .memory import is_active, load, my_share, store, store_tokens
 
 
 def extrapolate_residuals(
@@ -130,4 +130,4 @@ def _extrapolate_block(
     a = tl.where(newer == 0, entry0, entry1)
     b = tl.where(newer == 0, entry1, entry0)
     along_r = x_value + a + w1 * (a - b) + w2 * (b - c)
-    store(y + lanes, along_r + w3 * (p_value - x_value - q), mask)
+    store_tokens(y + lanes, along_r + w3 * (p_value - x_value - q), mask)

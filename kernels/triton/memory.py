@@ -37,6 +37,15 @@ def store(pointers, value, mask):
 
 
 @triton.jit
+def store_tokens(pointers, value, mask):
+    """`store` of a step that is filled in: it ends at fp16's largest number, and NaN stays NaN."""
+    if pointers.dtype.element_ty == tl.float16:
+        value = tl.where(value > 65504.0, 65504.0, value)
+        value = tl.where(value < -65504.0, -65504.0, value)
+    store(pointers, value, mask)
+
+
+@triton.jit
 def is_active(active, sample):
     """Whether to work on this sample; without `active` on all."""
     if active is None:

@@ -135,6 +135,16 @@ DICACHE_INLINE T read_weight(const Weights& weights, int64_t sample, int column 
   return static_cast<const float*>(weights.data)[index];
 }
 
+// Tokens that are filled in end at fp16's largest number: models work within reach of it, and
+// infinity would spoil the picture. NaN stays NaN.
+constexpr float kLargestFloat16 = 65504;
+
+template <class V>
+DICACHE_INLINE V saturated(V value, V largest) {
+  const V capped = value > largest ? largest : value;
+  return capped < -largest ? -largest : capped;
+}
+
 template <class V>
 DICACHE_INLINE V combine(V x, V r_old, V r_new, V gamma) {
   return (x + r_old) + gamma * (r_new - r_old);
