@@ -144,7 +144,14 @@ def demo(
 @app.command()
 def generate(
     model: Annotated[str, typer.Option(help="Pipeline: a Hub name or a folder.")],
-    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    prompt: Annotated[str | None, typer.Option(help="What to draw.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead: a file, a prompt a line, or a JSON object a line with prompt, seed and "
+            "name. What is finished in --out already is skipped."
+        ),
+    ] = None,
     preset: Preset = None,
     threshold: Threshold = None,
     schedule: Schedule = None,
@@ -174,12 +181,16 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("dicache-output"),
-) -> None:
-    """Draw a prompt with any supported diffusers pipeline, with DiCache.
+) -> int:
+    """Draw a prompt, or a file of them, with any supported diffusers pipeline, with DiCache.
 
     Writes the picture or video, the plot of the schedule, and the statistics as JSON. Options that
-    are not given keep the pipeline's own defaults.
+    are not given keep the pipeline's own defaults. A file of prompts may be split over processes:
+    `torchrun --nproc-per-node 8 -m dicache generate ...`. It ends with 1 if a prompt failed.
     """
+    if (prompt is None) == (prompts is None):
+        found = "neither" if prompt is None else "both"
+        raise InputError(f"{found} of --prompt and --prompts given; expected one of them")
     from .generate import Request, run_generate
 
     given = _given(
@@ -200,8 +211,15 @@ def generate(
         "target_psnr": target_psnr,
     }
     sparsity = {"sparse": sparse, "density": density}
-    request = Request(model, prompt, seed, given, rules, sparsity, compare, dtype, device, out)
+    request = Request(
+        model, prompt or "", seed, given, rules, sparsity, compare, dtype, device, out
+    )
+    if prompts is not None:
+        from .many import run_many
+
+        return run_many(request, prompts)
     run_generate(request)
+    return 0
 
 
 @app.command()

@@ -29,6 +29,7 @@ from .errors import InputError, one_line
 from .files import make_folder
 from .generate import find_device, find_dtype, load_pipeline
 from .info import versions
+from .prompts import read_prompts
 
 _CALIBRATION_SEEDS = range(9_000_000, 9_000_100)  # the comparison's have nothing to do with them
 _PROMPTS = (
@@ -145,24 +146,12 @@ def _subjects(request: Request) -> list[Subject]:
     steps = request.steps or parameters["num_inference_steps"].default
     name = Path(request.model).name
     arguments = tuple(request.arguments.items())
-    return [UserPipeline(name, functools.partial(_same, pipe), _prompts(request), steps, arguments)]
+    prompts = _PROMPTS if request.prompts is None else tuple(read_prompts(request.prompts))
+    return [UserPipeline(name, functools.partial(_same, pipe), prompts, steps, arguments)]
 
 
 def _same(pipe: Any) -> Any:
     return pipe
-
-
-def _prompts(request: Request) -> tuple[str, ...]:
-    if request.prompts is None:
-        return _PROMPTS
-    try:
-        lines = request.prompts.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"--prompts: {one_line(error)}") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise InputError(f"--prompts {request.prompts} is empty; expected one prompt a line")
-    return prompts
 
 
 def _profile(path: Path | None) -> Profile | None:

@@ -19,7 +19,7 @@ def make_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".dicache-write-test"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may try at the same time
     except OSError as error:
         raise InputError(f"--out {path} cannot be written to: {one_line(error)}") from error
     return path

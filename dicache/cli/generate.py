@@ -38,7 +38,7 @@ from dicache.demo.report import (
     summary_to_dict,
     write_json,
 )
-from dicache.demo.runner import Run, Sample, run_cached, run_sparse, run_uncached
+from dicache.demo.runner import Inputs, Run, Sample, run_cached, run_sparse, run_uncached
 from dicache.demo.sparse import (
     NOTE,
     RUNS,
@@ -57,6 +57,7 @@ from .info import devices, versions
 from .rules import make_config, make_sparse_config
 
 VIDEO_FPS = 16
+NOT_FINITE = "the pipeline's output has NaN or infinite pixels"
 _DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -101,9 +102,7 @@ def run_generate(request: Request) -> None:
     device = find_device(request.device)
     dtype = find_dtype(request.dtype, device)
     folder = make_folder(request.out)
-    pipe = load_pipeline(request.model, dtype)
-    _check_supported(pipe, config, sparse)
-    arguments = check_arguments(pipe, request)
+    pipe, arguments = load(request, dtype, config, sparse)
     with memory_errors(device):
         pipe.to(device)
         sample, four = _draw(pipe, request, arguments, config, sparse)
@@ -199,6 +198,19 @@ def load_pipeline(model: str, dtype: torch.dtype) -> Any:
         logging.set_verbosity(verbosity)
 
 
+def load(
+    request: Request, dtype: torch.dtype, config: DiCacheConfig, sparse: SparseVideoGenConfig | None
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline and the arguments of its call, once all that was asked for fits it.
+
+    Raises:
+        InputError: It cannot be loaded, is not supported, or does not take the arguments.
+    """
+    pipe = load_pipeline(request.model, dtype)
+    _check_supported(pipe, config, sparse)
+    return pipe, check_arguments(pipe, request)
+
+
 def _check_supported(pipe: Any, config: DiCacheConfig, sparse: SparseVideoGenConfig | None) -> None:
     """Find out now, before an hour of un-cached work, whether all of it fits the pipeline."""
     try:
@@ -269,19 +281,23 @@ def _draw(
                 pipe.set_progress_bar_config(desc=coming)
             return Sample(prompt, seed, runs["both"], runs["dense"]), FourRuns(prompt, seed, runs)
         pipe.set_progress_bar_config(desc="with DiCache")
-        if sparse is None:
-            cached = run_cached(pipe, inputs, first_pictures, config)
-        else:
-            cached = run_sparse(
-                pipe, sparse, lambda: run_cached(pipe, inputs, first_pictures, config)
-            )
+        cached = draw_cached(pipe, inputs, config, sparse)
         if not bool(cached.pictures.isfinite().all()):
-            note("the pipeline's output has NaN or infinite pixels")
+            note(NOT_FINITE)
         if not request.compare:
             return Sample(prompt, seed, cached), None
         pipe.set_progress_bar_config(desc="without cache")
         uncached = run_uncached(pipe, inputs, first_pictures)
     return Sample(prompt, seed, cached, uncached), None
+
+
+def draw_cached(
+    pipe: Any, inputs: Inputs, config: DiCacheConfig, sparse: SparseVideoGenConfig | None
+) -> Run:
+    """One run of a pipeline with what was asked for, which is taken off again."""
+    if sparse is None:
+        return run_cached(pipe, inputs, first_pictures, config)
+    return run_sparse(pipe, sparse, lambda: run_cached(pipe, inputs, first_pictures, config))
 
 
 def first_pictures(output: Any) -> Tensor:
@@ -297,14 +313,14 @@ def _write_pictures(
     folder: Path, pipeline: str, sample: Sample, four: FourRuns | None
 ) -> list[str]:
     """Write picture or video of every run, and all side by side; returns the files' names."""
-    written = [_write_output(folder, "output", sample.cached.pictures)]
+    written = [write_output(folder, "output", sample.cached.pictures)]
     if sample.uncached is None:
         return written
-    written.append(_write_output(folder, "uncached", sample.uncached.pictures))
+    written.append(write_output(folder, "uncached", sample.uncached.pictures))
     title = f"{pipeline}, seed {sample.seed}"
     if four is not None:
         for name in ("sparse", "DiCache"):
-            written.append(_write_output(folder, name.lower(), four.runs[name].pictures))
+            written.append(write_output(folder, name.lower(), four.runs[name].pictures))
         sheet, frames = four_runs_sheet(title, [four]), four_runs_animation(title, [four])
     else:
         is_video = sample.cached.pictures.ndim == 4
@@ -327,7 +343,8 @@ def _write_heads(folder: Path, pipeline: str, run: Run) -> list[str]:
     return ["heads.png"]
 
 
-def _write_output(folder: Path, stem: str, pictures: Tensor) -> str:
+def write_output(folder: Path, stem: str, pictures: Tensor) -> str:
+    """Write a picture as PNG, a video as MP4 or, without ffmpeg, GIF; returns the file's name."""
     if pictures.ndim == 3:
         to_image(pictures).save(folder / f"{stem}.png")
         return f"{stem}.png"

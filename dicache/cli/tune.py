@@ -31,6 +31,7 @@ from .generate import (
     refused_arguments,
 )
 from .info import versions
+from .prompts import read_prompts
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
 _PROMPTS = (
@@ -143,22 +144,6 @@ def _job(request: Request, prompts: list[str] | None) -> _Job:
             return first_pictures(pipe(**inputs))
 
     return _Job(pipe, run)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty.
-
-    Raises:
-        InputError: It cannot be read, or there are none.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} cannot be read: {one_line(error)}") from error
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise InputError(f"--prompts {path} is empty; expected a prompt a line")
-    return texts
 
 
 def curve_table(profile: Profile) -> Table:

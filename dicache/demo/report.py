@@ -125,7 +125,7 @@ def sample_to_dict(sample: Sample) -> dict[str, Any]:
     quality, uncached = sample.quality, sample.uncached
     caches = {
         name: {
-            "config": _config_to_dict(report.config),
+            "config": config_to_dict(report.config),
             "blocks": report.num_blocks,
             "block_calls_uncached": report.block_calls_uncached,
             "stats": report.stats.to_dict(),
@@ -143,7 +143,7 @@ def sample_to_dict(sample: Sample) -> dict[str, Any]:
     }
 
 
-def _config_to_dict(config: DiCacheConfig) -> dict[str, Any]:
+def config_to_dict(config: DiCacheConfig) -> dict[str, Any]:
     """A configuration; a profile, which is in a file of its own, by what it is called."""
     values = {each.name: getattr(config, each.name) for each in fields(config)}
     profile = values["profile"]
@@ -157,8 +157,13 @@ def summary_to_dict(summary: Summary) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write data as JSON; infinity and NaN, which JSON lacks, become strings."""
-    path.write_text(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write what `to_json` makes of the data."""
+    path.write_text(to_json(data, indent=2) + "\n", encoding="utf-8")
+
+
+def to_json(data: dict[str, Any], indent: int | None = None) -> str:
+    """Data as JSON; infinity and NaN, which JSON lacks, become strings."""
+    return json.dumps(_plain(data), indent=indent, allow_nan=False)
 
 
 def format_bytes(count: float) -> str:
