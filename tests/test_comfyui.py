@@ -150,14 +150,14 @@ def actions(patcher):
     return {n: "".join(letters[r.action] for r in each) for n, each in stats.contexts.items()}
 
 
-def test_importing_dicache_imports_no_comfyui():
+def test_importing_dicache_imports_no_comfyui_and_no_compiler():
     code = (
         "import sys, dicache, dicache.adapters.comfyui.attach; "
         "tops = {name.partition('.')[0] for name in sys.modules}; "
-        "print(sorted(tops & {'comfy', 'comfy_api', 'diffusers'}))"
+        "print(sorted(tops & {'comfy', 'comfy_api', 'diffusers'}), 'torch._dynamo' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    assert out.stdout.strip() == "[] False"
 
 
 @pytest.mark.parametrize("added", [False, True])

@@ -11,6 +11,8 @@ before the next block does.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -54,6 +56,8 @@ class Call:
 
     def patches(self, others: Mapping[Any, Patch]) -> dict[tuple[str, int], Patch]:
         """A patch for every block, around that of another node where there is one."""
+        if "torch._dynamo" in sys.modules:  # whoever compiles a model has imported it
+            _leave_out_of_compiled_code()
         return {
             block.key: BlockPatch(self, place, others.get(block.key))
             for place, block in enumerate(self._blocks)
@@ -73,14 +77,12 @@ class Call:
         """
         return self._reused is not None
 
-    @torch.compiler.disable
     def begin(self, x: Tensor) -> None:
         """Tokens x enter block 0."""
         self._count = x.shape[1]
         self._step = self._open_step(x)
         self._x = None if self._step is None else x.clone()
 
-    @torch.compiler.disable
     def end_block(self, place: int, tokens: Tensor) -> None:
         """A block ran: decide behind the probe, record behind the last one."""
         self.num_run += 1
@@ -89,7 +91,6 @@ class Call:
         if place == len(self._blocks) - 1 and self._step is not None:
             self._step.record(self._image(place, tokens))
 
-    @torch.compiler.disable
     def pass_block(self, place: int, arguments: Arguments) -> Arguments:
         """What a block returns that a reused step leaves out."""
         if place < len(self._blocks) - 1:
@@ -124,7 +125,6 @@ class BlockPatch:
     def __init__(self, call: Call, place: int, other: Patch | None) -> None:
         self._call, self._place, self._other = call, place, other
 
-    @torch.compiler.disable(recursive=False)
     def __call__(self, arguments: Arguments, extra: dict[str, Any]) -> Arguments:
         call, place = self._call, self._place
         if place == 0:
@@ -135,3 +135,15 @@ class BlockPatch:
         out = block(arguments) if self._other is None else self._other(arguments, extra)
         call.end_block(place, out["img"])
         return out
+
+
+@functools.cache
+def _leave_out_of_compiled_code() -> None:
+    """Frames of patches are not compiled.
+
+    Said when it matters: torch imports its compiler to hear it, which takes a second or more.
+    """
+    for name in ("begin", "end_block", "pass_block"):
+        setattr(Call, name, torch.compiler.disable(getattr(Call, name)))
+    call = torch.compiler.disable(BlockPatch.__call__, recursive=False)
+    setattr(BlockPatch, "__call__", call)  # noqa: B010 -- a method is no attribute to mypy
