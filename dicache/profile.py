@@ -170,8 +170,7 @@ class Profile:
 
     def block_speedup(self, computed: int) -> float:
         """Block work of an un-cached run over that of one with so many computed steps."""
-        steps, probe = self.num_steps, self.probe_share
-        return steps / (computed + (steps - computed) * probe)
+        return block_speedup(self.num_steps, computed, self.probe_share)
 
     @property
     def probe_share(self) -> float:
@@ -358,6 +357,14 @@ def _moments_to_dict(moments: Moments) -> dict[str, Any]:
     tensors = {name: getattr(moments, name) for name in ("rr", "qq", "rq", "pp")}
     arrays = {name: _rounded(tensor.tolist()) for name, tensor in tensors.items()}
     return {"first": moments.first, **arrays}
+
+
+def block_speedup(steps: int, computed: int, probe_share: float) -> float:
+    """Block work of so many un-cached steps over that of a run with so many computed ones.
+
+    The others run the probe's share of the blocks.
+    """
+    return steps / (computed + (steps - computed) * probe_share)
 
 
 def _place(timestep: float, known: tuple[float, ...]) -> float:

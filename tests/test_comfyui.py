@@ -6,6 +6,7 @@ What the real one does with it is tested in `tests/comfyui` (`make test-comfyui`
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 import warnings
@@ -365,8 +366,21 @@ def test_the_widgets_stand_for_a_configuration(rules):
     assert config_for(rules, 0.25).threshold == 0.25
 
 
+@pytest.mark.parametrize(
+    "given", [("flux", 0.0, 2.5), ("default", 0.1, 2.5), ("default", 0.0, 0.5)]
+)
+def test_a_target_goes_with_the_default_rules_alone(given):
+    found = config_for("default", 0.0, 2.5)
+    assert found == DiCacheConfig(profile="auto", target_speedup=2.5)
+    rules, threshold, target = given
+    said = f"target_speedup is {target}, rules '{rules}' and threshold {threshold}. Expected"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        config_for(*given)
+
+
 def test_what_does_not_fit_is_refused_and_nothing_is_changed():
     for config, window, message in (
+        (DiCacheConfig(profile="auto", threshold=1.0), (0, 1), "there is no target_speedup"),
         (DiCacheConfig(granularity="sample"), (0, 1), "Expected 'batch'"),
         (DiCacheConfig(probe_depth=4), (0, 1), "probe_depth is 4 and Flux has 4 blocks"),
         (DiCacheConfig(), (0.6, 0.4), "start_percent is 0.6 and end_percent 0.4"),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..config import DiCacheConfig
-from ..profile import Identity, ModelProfile, Profile
+from ..profile import Identity
 from .calibration import Calibration
 from .context import Context
 from .recorder import Recorder
 from .run import Run, Timeline
 
 _TRIES = 3  # runs in a row that were recorded for nothing
-_NAME = "model"  # in its profiles, which have no other
 
 
 class Learner:
@@ -78,26 +75,13 @@ class Learner:
         return identity is not None and is_long and self._failures < _TRIES
 
     def _calibrated(self, recorder: Recorder, identity: Identity, steps: int) -> Calibration:
-        if not recorder.is_whole(steps):
-            raise ValueError(_NOT_WHOLE)
-        times = [recorder.timesteps[step] for step in range(steps)]
-        known = tuple(float(each) for each in times if each is not None)
         config = self._config
-        profile = Profile(
-            {_NAME: ModelProfile(identity, config.probe_depth, recorder.moments())},
-            num_steps=steps,
-            timesteps=known if len(known) == steps else None,
-            elements=recorder.taken,
-            about={"torch": torch.__version__},
-        )
-        return Calibration(profile, _NAME, config, self._threshold)
+        profile = recorder.profile(identity, config.probe_depth, steps)
+        (name,) = profile.models
+        return Calibration(profile, name, config, self._threshold)
 
 
 _RECORDED = "this run was computed, to calibrate the following ones (profile='auto')."
-_NOT_WHOLE = (
-    "Steps of it are missing: it was given up, or a branch of guidance pauses, or another model "
-    "takes some of its steps."
-)
 _NOTHING_LEARNED = (
     f"profile='auto' learned nothing from {_TRIES} runs in a row, so the rules without a profile "
     f"decide from now on; dicache.calibrate makes a profile, too. Of the last run: {{}}"

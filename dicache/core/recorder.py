@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..profile import Moments
+from ..profile import Identity, ModelProfile, Moments, Profile
 
 _CHUNK = 8192  # elements whose products are taken at once in fp64
 
@@ -54,6 +54,24 @@ class Recorder:
         wanted = {*range(num_steps)}
         return bool(self._steps) and all(steps.keys() == wanted for steps in self._steps.values())
 
+    def profile(self, identity: Identity, probe_depth: int, num_steps: int) -> Profile:
+        """Of the one run of so many steps that was recorded, with that one model in it.
+
+        Raises:
+            ValueError: It teaches nothing: steps are missing, or not finite.
+        """
+        if not self.is_whole(num_steps):
+            raise ValueError(_NOT_WHOLE)
+        times = [self.timesteps[step] for step in range(num_steps)]
+        known = tuple(float(each) for each in times if each is not None)
+        return Profile(
+            {"model": ModelProfile(identity, probe_depth, self.moments())},
+            num_steps=num_steps,
+            timesteps=known if len(known) == num_steps else None,
+            elements=self.taken,
+            about={"torch": torch.__version__},
+        )
+
     def moments(self) -> dict[str, Moments]:
         """Moments of every context, averaged over the batch.
 
@@ -83,6 +101,12 @@ class Recorder:
         generator = torch.Generator("cpu").manual_seed(self._seed)
         flat = torch.randint(size, (self._elements,), generator=generator, device="cpu")
         return torch.unravel_index(flat.sort().values, shape)
+
+
+_NOT_WHOLE = (
+    "Steps of it are missing: it was given up, or a branch of guidance pauses, or another model "
+    "takes some of its steps."
+)
 
 
 def _moments_of(name: str, steps: dict[int, tuple[Tensor, Tensor, float]]) -> Moments:

@@ -1,13 +1,14 @@
 """The paper's formula on a plain model of ComfyUI's, through torch's own hooks, without dicache.
 
 Every block of every step runs. On a step that a mask calls reused, what the last block returns is
-replaced by x + r_old + gamma (r_new - r_old), in double precision. So a run with the twin's hooks
-on is what a cached run has to be, sampler and all.
+replaced by x + r_old + gamma (r_new - r_old), in double precision; or, where weights are given, by
+x + r_a + w1 (r_a - r_b) + w2 (r_b - r_c) + w3 (q - q_a). So a run with the twin's hooks on is what
+a cached run has to be, sampler and all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,10 +37,17 @@ class Twin:
         mask: A letter a call of the model: R where its blocks' work is replaced, N where a
             history begins anew with a computed one.
         branches: Whose history each call is of, where there are several.
+        weights: Those of every call that is replaced, where they are calibrated.
     """
 
     def __init__(
-        self, model: Any, name: str, mask: str, probe_depth: int = 1, branches: str | None = None
+        self,
+        model: Any,
+        name: str,
+        mask: str,
+        probe_depth: int = 1,
+        branches: str | None = None,
+        weights: Sequence[tuple[float, ...] | None] = (),
     ) -> None:
         diffusion_model = model.model.diffusion_model
         self.blocks = [
@@ -52,6 +60,7 @@ class Twin:
         self.entries: dict[str, list[tuple[Tensor, Tensor]]] = {}  # q and r of computed steps
         self.x = self.p = torch.empty(0)
         self.gammas: list[float] = []
+        self.weights = weights
 
     @contextmanager
     def on(self) -> Iterator[Twin]:
@@ -88,13 +97,18 @@ class Twin:
         if letter == "R":
             image.copy_(self.x + self._residual(q, entries))
         else:
-            self.entries[branch] = [*entries[-1:], (q, image.double() - self.x)]
+            self.entries[branch] = [*entries[-2:], (q, image.double() - self.x)]
 
     def _residual(self, q: Tensor, entries: list[tuple[Tensor, Tensor]]) -> Tensor:
         """r_old + gamma (r_new - r_old); with one entry there is no line to go along."""
+        if self.weights:
+            w1, w2, w3 = self.weights[self.calls - 1] or (0.0, 0.0, 0.0)
+            # An entry that is not there has no part in it.
+            (_, r_c), (_, r_b), (q_a, r_a) = [entries[0]] * (3 - len(entries)) + entries
+            return r_a + w1 * (r_a - r_b) + w2 * (r_b - r_c) + w3 * (q - q_a)
         if len(entries) == 1:
             return entries[0][1]
-        (q_old, r_old), (q_new, r_new) = entries
+        (q_old, r_old), (q_new, r_new) = entries[-2:]
         a, d = q - q_old, q_new - q_old
         self.gammas.append(min(max(float((a * d).sum() / (d * d).sum()), 0.0), 2.0))
         return r_old + self.gammas[-1] * (r_new - r_old)

@@ -94,7 +94,7 @@ def width(name):
     return {"wan": 4096, "unet": 768}.get(name, TEXT)
 
 
-def workflow(name, seed, *nodes, steps=STEPS):
+def workflow(name, seed, *nodes, steps=STEPS, text=1):
     """From a file to a saved latent; nodes are put one behind the other, behind the loader."""
     found = {f"cache{place}": node for place, node in enumerate(nodes)}
     for place in range(1, len(nodes)):
@@ -104,7 +104,7 @@ def workflow(name, seed, *nodes, steps=STEPS):
         found["model"] = step("UNETLoader", unet_name=file, weight_dtype="default")
     else:
         found["model"] = step("TinyModel", name=name)
-    found["yes"] = step("TinyPrompt", seed=1, name=name, width=width(name))
+    found["yes"] = step("TinyPrompt", seed=text, name=name, width=width(name))
     found["no"] = step("TinyPrompt", seed=2, name=name, width=width(name))
     kind, size = LATENTS[name]
     found["empty"] = step(kind, batch_size=1, **size)
@@ -203,6 +203,34 @@ def test_a_run_after_an_interrupted_one_is_what_it_is_alone(server):
     expected = run(apply(model, DiCacheConfig(threshold=0.1)), 42)
     assert torch.equal(server.run(workflow("flux", 42, dicache(threshold=0.1))), expected)
     assert torch.equal(server.run(workflow("flux", 43)), run(model, 43))
+
+
+def test_a_workflow_that_is_queued_again_with_another_prompt_has_the_target(server):
+    """Of four blocks 4 of 12 steps, and the probe of 8, are half of the work."""
+    before = len(server.reports())
+    node = {"target_speedup": 2.0}
+    first = server.run(workflow("sd3", 91, dicache(**node)))
+    second = server.run(workflow("sd3", 92, dicache(**node), text=5))
+    other = server.run(workflow("sd3", 92, dicache(**node), text=5, steps=STEPS + 2))
+    third = server.run(workflow("sd3", 93, dicache(target_speedup=1.5), text=5))
+    counts = "uncond+cond: {} computed, 0 resumed, {} reused. {} of the blocks ran."
+    has_calibrated = (
+        "DiCache has calibrated: from now on, runs with this model, steps, sampler, size and "
+        "guidance have 2x less work in the model's blocks."
+    )
+    assert server.reports()[before:] == [
+        f"DiCache (calibrating): {counts.format(12, 0, '100%')}",
+        has_calibrated,
+        f"DiCache (target 2x): {counts.format(4, 8, '50%')}",
+        f"DiCache (calibrating): {counts.format(14, 0, '100%')}",
+        has_calibrated,
+        f"DiCache (target 1.5x): {counts.format(7, 5, '69%')}",
+    ]
+    assert torch.equal(first, server.run(workflow("sd3", 91)))
+    plain = server.run(workflow("sd3", 92, text=5))
+    for each in (second, third, other):
+        assert each.isfinite().all()
+    assert 0 < (second - plain).norm() < 0.2 * plain.norm()
 
 
 def test_the_sampler_in_parts_makes_what_ksampler_makes(server):
@@ -308,15 +336,15 @@ def test_the_node_has_the_inputs_that_its_page_names(server):
     page = (DOCS / "comfyui.md").read_text()
     rows = dict(re.findall(r"^\| (`.*`) \| (.*) \|$", page.split("## Models")[0], re.MULTILINE))
     documented = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert info["input_order"] == {"required": documented}
-    inputs = info["input"]["required"]
+    assert info["input_order"] == {"required": documented[:-1], "optional": documented[-1:]}
+    inputs = info["input"]["required"] | info["input"]["optional"]
     options = inputs["rules"][1]["options"]
     assert options == re.findall(r"`([\w.-]+)`", rows["`rules`"])
     assert info["category"] == re.search(r"under \*(.*)\*", page)[1]
     assert info["output"] == ["MODEL"] and not info["output_node"]
     ranges = {name: (given[1]["min"], given[1]["max"]) for name, given in list(inputs.items())[2:]}
     assert ranges["start_percent"] == ranges["end_percent"] == (0.0, 1.0)
-    assert ranges["threshold"][0] == 0.0
+    assert ranges["threshold"][0] == ranges["target_speedup"][0] == 0.0
 
 
 def test_the_server_takes_the_example(server):

@@ -10,13 +10,15 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from ...config import PRESETS, DiCacheConfig
+from ...config import AUTO, PRESETS, DiCacheConfig
 from ...core.rules import Rules, resolve
 from ...driver.families import unwrapped
 from ...error_rules import ERROR_RULES
 from ...stats import RunStats
+from .locate import adds_noise
 from .run import LOG, Run
 from .table import Block, find_model
+from .target import Lesson, Target
 
 DEFAULT = "default"  # what the node calls this project's own rules
 RULES = (DEFAULT, *PRESETS)
@@ -28,8 +30,13 @@ OUTER_SAMPLE, APPLY_MODEL = "outer_sample", "apply_model"
 _OTHER_CACHES = ("easycache",)  # what ComfyUI's own caches leave in the options; LazyCache, too
 
 
-def config_for(rules: str, threshold: float) -> DiCacheConfig:
-    """The configuration that the node's widgets stand for; a threshold of 0 is the model's own.
+def config_for(rules: str, threshold: float, target_speedup: float = 0.0) -> DiCacheConfig:
+    """The configuration that the node's widgets stand for.
+
+    Args:
+        rules: This project's own or published ones.
+        threshold: 0 is the model's own.
+        target_speedup: 0 is none.
 
     Raises:
         ValueError: A value is none of these. ComfyUI does not hold it against the node's list, nor
@@ -38,7 +45,15 @@ def config_for(rules: str, threshold: float) -> DiCacheConfig:
     if rules not in RULES:
         raise ValueError(f"rules is {rules!r}. Expected one of {', '.join(RULES)}.")
     config = DiCacheConfig() if rules == DEFAULT else DiCacheConfig.preset(rules)
-    return config if threshold == 0 else replace(config, threshold=threshold)
+    if target_speedup == 0:
+        return config if threshold == 0 else replace(config, threshold=threshold)
+    if rules != DEFAULT or threshold != 0 or not target_speedup >= 1:
+        raise ValueError(
+            f"target_speedup is {target_speedup}, rules {rules!r} and threshold {threshold}. "
+            f"Expected a target of 0 (none), or one >= 1 with the rules {DEFAULT!r} and a "
+            f"threshold of 0."
+        )
+    return replace(config, profile=AUTO, target_speedup=target_speedup)
 
 
 def apply(model: Any, config: DiCacheConfig, start: float = 0.0, end: float = 1.0) -> Any:
@@ -59,10 +74,18 @@ def apply(model: Any, config: DiCacheConfig, start: float = 0.0, end: float = 1.
             f"granularity is {config.granularity!r}. Expected 'batch': in ComfyUI a batch takes "
             f"its decisions as one."
         )
+    if config.profile == AUTO and config.target_speedup is None:
+        raise ValueError(
+            "profile is 'auto' and there is no target_speedup. Expected both or none in ComfyUI."
+        )
     _check_window(start, end)
     _refuse_others(model.model_options)
-    _blocks(model.model, config.probe_depth)
-    cache = Cache(resolve(config, row.threshold_for(ERROR_RULES[config.error])), start, end)
+    blocks = _blocks(model.model, config.probe_depth)
+    threshold, target = row.threshold_for(ERROR_RULES[config.error]), None
+    if config.profile == AUTO:
+        target = Target(config, threshold, model, len(blocks))
+    rules = resolve(config, threshold) if target is None else target.plain
+    cache = Cache(rules, start, end, target)
     clone = model.clone()
     for place, wrapper in ((OUTER_SAMPLE, cache.sample), (APPLY_MODEL, cache.call)):
         clone.remove_wrappers_with_key(place, KEY)  # a second node takes the place of the first
@@ -78,20 +101,23 @@ class Cache:
             back to an earlier step.
     """
 
-    def __init__(self, rules: Rules, start: float = 0.0, end: float = 1.0) -> None:
-        self._rules, self._start, self._end = rules, start, end
+    def __init__(
+        self, rules: Rules, start: float = 0.0, end: float = 1.0, target: Target | None = None
+    ) -> None:
+        self._rules, self._start, self._end, self._target = rules, start, end, target
         self._run: Run | None = None
         self._told: set[str] = set()
         self.last: list[RunStats] = []
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a sampling run; args are noise, latent image, sampler, sigmas and more."""
-        outer, self._run = self._run, self._begin(executor.class_obj, args[2], args[3])
-        run = self._run
+        outer = self._run
+        run = self._run = self._begin(executor.class_obj, args[0], args[2], args[3])
         try:
             result = executor(*args, **kwargs)
             if run is not None:
                 LOG.info(run.report())
+                run.learn()
                 self.last = run.stats
             return result
         finally:
@@ -121,7 +147,7 @@ class Cache:
             return executor(*args, **kwargs)
         return result
 
-    def _begin(self, guider: Any, sampler: Any, sigmas: Any) -> Run | None:
+    def _begin(self, guider: Any, noise: Any, sampler: Any, sigmas: Any) -> Run | None:
         patcher = guider.model_patcher
         try:
             _refuse_others(guider.model_options)
@@ -132,8 +158,12 @@ class Cache:
         sampling = patcher.get_model_object("model_sampling")
         most = math.inf if self._start <= 0 else float(sampling.percent_to_sigma(self._start))
         least = 0.0 if self._end >= 1 else float(sampling.percent_to_sigma(self._end))
-        window = (most, least)
-        return Run(self._rules, patcher.model, blocks, sigmas.tolist(), window, sampler, self._told)
+        window, steps, lesson = (most, least), tuple(sigmas.tolist()), None
+        if self._target is not None and not adds_noise(sampler):  # such steps are all computed
+            function = getattr(sampler, "sampler_function", sampler)
+            name = getattr(function, "__name__", type(function).__name__)
+            lesson = Lesson(self._target, len(steps) - 1, (steps, name, tuple(noise.shape[1:])))
+        return Run(self._rules, patcher.model, blocks, steps, window, sampler, self._told, lesson)
 
 
 def _blocks(model: Any, depth: int) -> list[Block]:

@@ -38,16 +38,34 @@ class DiCache(io.ComfyNode):
                 ),
                 _share("start_percent", 0.0, "Steps before are computed."),
                 _share("end_percent", 1.0, "Steps behind are computed."),
+                # The last one, and no required one: saved workflows know their widgets by order.
+                io.Float.Input(
+                    "target_speedup",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Work of the blocks over that of cached runs; 0 is none. The first run "
+                    "with a model, steps, sampler, size and guidance computes everything, to plan "
+                    "the following ones.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
     def execute(
-        cls, model: Any, rules: str, threshold: float, start_percent: float, end_percent: float
+        cls,
+        model: Any,
+        rules: str,
+        threshold: float,
+        start_percent: float,
+        end_percent: float,
+        target_speedup: float = 0.0,
     ) -> Any:
         """A clone of the model with the cache on it."""
-        config = config_for(rules, threshold)
+        config = config_for(rules, threshold, target_speedup)
         return io.NodeOutput(apply(model, config, start_percent, end_percent))
 
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from ...core.rules import Rules
 from ...core.session import DiCacheSession
 from ...core.step import Step
+from ...core.where import Where
 from ...stats import RunStats
 from .call import Call
 from .locate import Locator
 from .table import Block
+from .target import Lesson
 
 LOG = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class Run:
         window: Largest and smallest sigma of steps that may be reused.
         sampler: ComfyUI's sampler.
         told: See `Timeline.told`; every run has a timeline of its own.
+        lesson: What it has of earlier runs, where a target is to be met; its rules then count.
 
     Attributes:
         is_off: Whether all further calls are left alone.
@@ -46,12 +49,12 @@ class Run:
         window: tuple[float, float] = (math.inf, 0.0),
         sampler: Any = None,
         told: set[str] | None = None,
+        lesson: Lesson | None = None,
     ) -> None:
         self.model, self.is_off = model, False
         self._blocks, self._window = blocks, window
-        self._session = DiCacheSession(rules)
-        if told is not None:
-            self._session.timeline.told = told
+        self._rules, self._told, self._lesson = rules, told, lesson
+        self._session: DiCacheSession | None = None  # until a call could be told
         self._locator = Locator(sigmas, sampler)
         self.stats: list[RunStats] = []
         self._num_calls = self._num_run = 0
@@ -63,11 +66,11 @@ class Run:
 
         def open_step(x: Tensor) -> Step | None:
             where = self._locator.where(options, x, sigma, control, hooks)
-            return None if where is None else self._open(self._session.step(where))
+            return None if where is None else self._open(where)
 
         most, least = self._window
         may_reuse = sigma is not None and least <= sigma <= most
-        return Call(self._blocks, self._session.config.probe_depth, open_step, may_reuse)
+        return Call(self._blocks, self._rules.config.probe_depth, open_step, may_reuse)
 
     def count(self, call: Call) -> None:
         """A call is over."""
@@ -75,9 +78,18 @@ class Run:
             self._num_calls += 1
             self._num_run += call.num_run
 
+    def learn(self) -> None:
+        """The run came to its end by itself; others may have the same."""
+        if self._lesson is not None and self._session is not None:
+            self._lesson.end(self.stats)
+
     def end(self) -> None:
         """Free all state."""
-        self._session.reset()
+        self._lesson = None
+        if self._session is not None:
+            self._session.reset()
+            if self._session.recorder is not None:
+                self._session.recorder.clear()
 
     def report(self) -> str:
         """What was done, in a line."""
@@ -86,7 +98,7 @@ class Run:
         share = self._num_run / (self._num_calls * len(self._blocks))
         parts = [f"{name}: {_counts(records)}" for name, records in self._records().items()]
         return (
-            f"DiCache (threshold {self._session.rules.threshold:g}): "
+            f"DiCache ({self._what_decides()}): "
             f"{'; '.join(parts) or 'no step could be told'}. {share:.0%} of the blocks ran."
         )
 
@@ -98,10 +110,32 @@ class Run:
                 actions.setdefault(name, []).extend(each.action for each in records)
         return actions
 
-    def _open(self, step: Step) -> Step:
+    def _what_decides(self) -> str:
+        if self._session is None:
+            return f"threshold {self._rules.threshold:g}"
+        rules = self._session.rules
+        if self._session.recorder is not None:
+            return "calibrating"
+        target = rules.config.target_speedup
+        return f"threshold {rules.threshold:g}" if target is None else f"target {target:g}x"
+
+    def _open(self, where: Where) -> Step:
+        if self._session is None:
+            self._session = self._begin(where.context or "")
+        step = self._session.step(where)
         if not any(stats is step.stats for stats in self.stats):
             self.stats.append(step.stats)
         return step
+
+    def _begin(self, branch: str) -> DiCacheSession:
+        """The session, now that the first call of the run is known."""
+        lesson = self._lesson
+        session = DiCacheSession(self._rules if lesson is None else lesson.begin(branch))
+        if lesson is not None:
+            session.recorder = lesson.recorder
+        if self._told is not None:
+            session.timeline.told = self._told
+        return session
 
 
 def _counts(actions: list[str]) -> str:
