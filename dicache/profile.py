@@ -127,7 +127,7 @@ class Profile:
         timesteps: [N] of the runs, where somebody told them.
         gains: [N] how far an error in the tokens behind the last block goes: rms change of what the
             run returns over the rms error of r at that step, in all contexts at once. `None`: not
-            measured, the size of the step stands for it.
+            measured (`core.calibration.assumed_gains`).
         peak: Range of what the runs return; a PSNR is relative to it.
         samples: Number of un-cached runs.
         elements: Number of elements of each sample that the moments are taken of.

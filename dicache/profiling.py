@@ -45,7 +45,7 @@ def calibrate(
             point, the same for the same i. A sample may be a batch.
         samples: Number of samples, >= 1: prompts and seeds like those that the profile is for.
         gains: Number of runs that measure how far an error goes, at steps spread over the run; 0
-            takes the size of a step for it, and `target_psnr` cannot be had.
+            assumes it (`core.calibration.assumed_gains`), and `target_psnr` cannot be had.
         elements: Elements of a sample's hidden states of which moments are taken, at most. They
             take 8 bytes an element, step and context of host memory.
         probe_depth: As in `DiCacheConfig`.

@@ -17,13 +17,21 @@ from helpers import mask, trajectory_of
 from made_profiles import World, profile_of, ridge, two_experts, world
 
 from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, Where, ops
-from dicache.core.calibration import Calibration, computed_for, divided, expected_psnr
+from dicache.core.calibration import (
+    Calibration,
+    assumed_gains,
+    computed_for,
+    divided,
+    expected_psnr,
+    planner_of,
+)
 from dicache.core.extrapolation import Extrapolation
 from dicache.core.gate import PlannedGate
 from dicache.core.planner import Planner
 from dicache.core.readback import Readback
 from dicache.core.rules import resolve
 from dicache.core.where import Check
+from dicache.demo.profiles import shipped_profile
 
 THRESHOLD = 0.08  # of the rules without a plan
 TIMES = tuple(np.linspace(1000, 50, 20).tolist())
@@ -298,6 +306,36 @@ def test_a_target_is_met_to_half_a_step(num_steps, num_blocks):
     allowed = float(str(error.value).split("at most ")[1].split(":")[0])
     assert allowed <= fastest < allowed + 0.011
     assert resolve(replace(config, target_speedup=allowed)).calibration.computed == 2
+
+
+@pytest.mark.parametrize(
+    ("times", "gains"),
+    [
+        ((8.0, 6.0, 4.0, 1.0), (0.2, 0.4, 0.6, 3 * 1.5 * 0.9)),
+        (None, (0.2, 0.4, 0.6, 3 * 0.8)),
+        ((1.0, 2.0, 3.0, 4.0), (0.2, 0.4, 0.6, 3 * 0.8)),  # they do not say where they end
+    ],
+)
+def test_an_error_is_taken_to_go_the_farther_the_later_the_step(times, gains):
+    made = replace(profile_of({"cond": world(4)}), timesteps=times, gains=None)
+    assert assumed_gains(made) == pytest.approx(gains)
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan-video", "wan"])
+def test_plans_of_trained_models_hardly_need_measured_gains(name):
+    """By the expected error, of which the gains are a part."""
+    measured = shipped_profile(name)
+    config = DiCacheConfig(profile=measured)
+    (model,) = measured.models
+    judge = planner_of(measured, model, config)
+    other = planner_of(replace(measured, gains=None), model, config)
+    for speedup in (1.5, 2, 2.5, 3):
+        computed = computed_for(measured, speedup)
+        squares = [
+            sum(each.square(planner.schedule(computed), judge._gains) for each in judge._contexts)
+            for planner in (judge, other)
+        ]
+        assert expected_psnr(measured, squares[1]) > expected_psnr(measured, squares[0]) - 1
 
 
 def test_a_target_psnr_is_the_cheapest_plan_that_is_expected_to_meet_it():
