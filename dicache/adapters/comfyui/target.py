@@ -23,6 +23,8 @@ from ...stats import RunStats
 LOG = logging.getLogger(__name__)
 MOST_KINDS = 8  # whose profiles are kept of a model; that of which no run came for longest goes
 
+_FEWEST = 3  # steps of a run in which one may be reused
+
 # By kind, the one of the last run at the end. `None`: nothing could be learned.
 Profiles: TypeAlias = dict[Hashable, Profile | None]
 _KNOWN: WeakKeyDictionary[Any, Profiles] = WeakKeyDictionary()  # by ComfyUI's models
@@ -58,9 +60,9 @@ class Target:
         return self._config.probe_depth
 
     def fastest(self, steps: int) -> float:
-        """The largest target of runs of so many steps, of which a plan computes two at least."""
+        """The largest target of runs of so many steps, >= 2: a plan computes two of them."""
         share = self.probe_depth / self.identity.num_blocks
-        return block_speedup(steps, min(2, steps), share)
+        return block_speedup(steps, 2, share)
 
     def planned(self, profile: Profile) -> Rules:
         """The rules with a profile's plan."""
@@ -92,6 +94,8 @@ class Lesson:
         """The rules of a run whose first call is of this branch, or its recorder beside them."""
         target, known = self._target, self._target.known
         self._kind = (*self._kind, branch)
+        if self._steps < _FEWEST:
+            return target.plain
         if target.speedup > (most := target.fastest(self._steps)):
             target.warn(_TOO_FAST.format(target.speedup, self._steps, most, target.plain.threshold))
         elif self._kind in known:
