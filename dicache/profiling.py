@@ -13,11 +13,13 @@ from torch import Tensor
 
 from .adapters import apply_dicache, remove_dicache, sessions_of
 from .config import DiCacheConfig
-from .core.calibration import expected_psnr, expected_square, planned, planner_of
+from .core.calibration import assumed_gains, expected_psnr, expected_square, planned, planner_of
 from .core.extrapolation import Extrapolation
 from .core.recorder import Recorder
 from .core.session import DiCacheSession
 from .profile import ModelProfile, Moments, Profile
+
+_STIFFNESS = 2.0  # of the gains' assumed shape: as many measurements hold it as bend it
 
 Run = Callable[[int], Tensor]
 Recorded = Mapping[str, Mapping[str, Moments]]  # of one sample, by model and context
@@ -287,8 +289,10 @@ def _error(profile: Profile, step: int, recorded: Recorded) -> float:
 
 
 def _for_all_steps(measured: Mapping[int, float], profile: Profile) -> tuple[float, ...]:
-    """Gains of all steps: a parabola through the logarithms of gain over step size.
+    """Gains of all steps: the assumed ones, bent by a parabola towards what was measured.
 
+    Least squares of the logarithms, with a penalty on the bend: how far an error goes differs by a
+    factor of ten between single samples, and a few of them must not make a shape of their own.
     An error in the last step meets no further one, so that step has its own.
     """
     if not measured:
@@ -297,15 +301,16 @@ def _for_all_steps(measured: Mapping[int, float], profile: Profile) -> tuple[flo
             "what the model generates, not rounded to whole numbers."
         )
     last = profile.num_steps - 1
+    assumed = torch.tensor(assumed_gains(profile), dtype=torch.float64)
     inner = {step: gain for step, gain in measured.items() if step != last} or dict(measured)
-    steps = torch.tensor(sorted(inner), dtype=torch.float64)
-    logs = [math.log(inner[int(step)] / profile.step_size(int(step))) for step in steps]
-    powers = torch.arange(min(3, len(inner)))
-    matrix = (steps / profile.num_steps)[:, None] ** powers
-    right = torch.tensor(logs, dtype=torch.float64)[:, None]
-    fit = torch.linalg.lstsq(matrix, right).solution.flatten()
-    places = torch.arange(profile.num_steps, dtype=torch.float64) / profile.num_steps
-    fitted = ((places[:, None] ** powers) @ fit).exp().tolist()
-    gains = [gain * profile.step_size(step) for step, gain in enumerate(fitted)]
+    steps = torch.tensor(sorted(inner))
+    found = torch.tensor([inner[int(step)] for step in steps], dtype=torch.float64)
+    places = torch.linspace(-1, 1, profile.num_steps, dtype=torch.float64)
+    powers = places[:, None] ** torch.arange(3)
+    penalty = torch.diag(torch.tensor([0.0, _STIFFNESS, _STIFFNESS], dtype=torch.float64).sqrt())
+    matrix = torch.cat([powers[steps], penalty])
+    right = torch.cat([(found / assumed[steps]).log(), torch.zeros(3, dtype=torch.float64)])
+    bend = torch.linalg.lstsq(matrix, right[:, None]).solution.flatten()
+    gains = (assumed * (powers @ bend).exp()).tolist()
     gains[last] = measured.get(last, gains[last])
     return tuple(gains)
