@@ -72,7 +72,8 @@ def probe_statistics(
         probe_window: [2, B, ...] residuals q of the two last computed steps.
         newest: int32 [B], 0 or 1.
         entry_sums: fp32 [B, 4] from `record_residuals` (fp64 for fp64 data).
-        low, high: Bounds of gamma; `high` may be `inf`.
+        low: Lower bound of gamma.
+        high: Upper bound; may be `inf`.
         least_squares: Which of the two gammas.
         active: uint8 [B] or `None` for all samples. Sums of inactive samples are zero.
         workspace: From `dicache.ops.make_workspace`; only the GPU backends use it.
@@ -281,7 +282,9 @@ def record_residuals(
     the caller parks them there, so that nothing else has to hold them until the last block.
 
     Args:
-        x, p, y: [B, ...] tokens before block 0, after the probe, after the last block.
+        x: [B, ...] tokens before block 0.
+        p: [B, ...] tokens after the probe.
+        y: [B, ...] tokens after the last block.
         residual_window: [2, B, ...] in y's dtype.
         probe_window: [2, B, ...] in p's dtype.
         newest: int32 [B]; updated.

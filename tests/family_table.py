@@ -237,9 +237,9 @@ def _legend(name: str, column: Column) -> str:
         for test, families in tests.items():
             of = f" ({', '.join(families)})" if len(tests) > 1 else ""
             said = "" if name == THRESHOLD else f"{mark}: "
-            lines.append(f"  - {said}`{test}`{of}")
+            lines.append(f"    - {said}`{test}`{of}")
     if len(lines) == 1:
-        lines.append("  - no test yet")
+        lines.append("    - no test yet")
     return "\n".join(lines)
 
 

@@ -268,7 +268,8 @@ class Step:
         `record(y)` ends a step that was resumed; `record(x, p, y)` does both at once.
 
         Args:
-            x, p: As for `probe`.
+            x: As for `probe`, or y if it is given alone.
+            p: As for `probe`.
             y: [B, ...] tokens after the last block; where samples disagree, those of `rows` alone.
 
         Returns:
