@@ -1,5 +1,5 @@
-# make demo | test | test-comfyui | families | fuzz | check | bench | clean. All but the last set up
-# .venv when it is out of date.
+# make demo | test | test-comfyui | families | docs | fuzz | check | bench | clean. All but the last set
+# up .venv when it is out of date.
 
 PYTHON ?= python3
 # Where torch comes from. Empty is the default package index, whose Linux builds carry CUDA (several
@@ -16,7 +16,7 @@ READY := .venv/.ready
 COMFYUI := .comfyui
 COMFYUI_READY := $(COMFYUI)/.ready
 
-.PHONY: demo test test-comfyui families fuzz check bench clean
+.PHONY: demo test test-comfyui families docs fuzz check bench clean
 
 demo: $(READY)
 	$(BIN)/dicache demo --out demo-output
@@ -29,9 +29,15 @@ test: $(READY)
 test-comfyui: $(READY) $(COMFYUI_READY)
 	$(BIN)/pytest -q tests/comfyui -n $(JOBS) --dist loadfile
 
-# The table of families, from the tests' marks; that of ComfyUI's models where ComfyUI is there.
+# The table of families, from the tests' marks; that of ComfyUI's models where ComfyUI is there. Then
+# the tables of the documentation that are made of it and of benchmarks/results/bench.
 families: $(READY)
 	$(BIN)/python tests/family_table.py tests $(if $(wildcard $(COMFYUI_READY)),tests/comfyui)
+	$(BIN)/python docs/tables.py
+
+# The documentation as a site, in site/. A link or an anchor that leads to nothing is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The tests that draw their cases, with 20 times as many, and others than in `make test`.
 fuzz: $(READY)
@@ -49,7 +55,7 @@ bench: $(READY)
 	$(BIN)/pytest benchmarks -o python_files="bench_*.py" --benchmark-only --benchmark-autosave || [ $$? = 5 ]
 
 clean:
-	rm -rf build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
 
 # torch comes before dicache, whose extensions are compiled against it. --no-deps: an index of torch
