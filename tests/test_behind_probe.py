@@ -17,13 +17,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from helpers import mask, masks
 from peft import LoraConfig
 from test_hard_use import put_on_ip_adapter
 from tiny_models import branches, build, calls
-from tiny_pipelines import pipeline, text
+from tiny_pipelines import ControlVae, control_net_for, pipeline, text
 from tiny_pipelines import run as run_pipeline
 from torch import Tensor, nn
 
@@ -426,41 +426,6 @@ def test_a_step_that_writes_what_others_read_is_never_reused() -> None:
 # --- pipelines and trained models ----------------------------------------------------------------
 
 
-class Vae(nn.Module):
-    """Makes latents of a control picture."""
-
-    config = type(
-        "Config",
-        (),
-        {
-            "latent_channels": 4,
-            "scaling_factor": 1.0,
-            "shift_factor": 0.0,
-            "block_out_channels": (1,) * 4,
-        },
-    )
-    dtype, device = torch.float32, torch.device("cpu")
-
-    def encode(self, x: Tensor) -> Any:
-        latents = x[:, [0, 1, 2, 0], ::8, ::8]
-        drawn = type("Drawn", (), {"sample": lambda *_: latents, "mode": lambda *_: latents})
-        return type("Encoded", (), {"latent_dist": drawn()})()
-
-
-def control_net(model: Any, std: float) -> FluxControlNetModel:
-    """A small ControlNet of random weights that fits a Flux."""
-    names = ("in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim")
-    names += ("pooled_projection_dim", "axes_dims_rope", "guidance_embeds")
-    sizes = {name: getattr(model.config, name) for name in names}
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        made = FluxControlNetModel(num_layers=2, num_single_layers=2, **sizes)
-        for parameter in made.parameters():
-            if not parameter.any():
-                nn.init.normal_(parameter, std=std)
-    return made.eval().requires_grad_(False)
-
-
 @pytest.mark.parametrize(
     ("start", "end", "expected"),
     [(0.0, 1.0, "CRRRRRRRRRRC"), (0.0, 0.5, "CRRRRRcCRRRC"), (0.5, 1.0, "CRRRRRcCRRRC")],
@@ -472,10 +437,10 @@ def test_a_pipelines_control_guidance_start_and_end(
     parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipe = diffusers.FluxControlNetPipeline(
         **parts,
-        vae=Vae(),
+        vae=ControlVae(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         transformer=model,
-        controlnet=control_net(model, 0.1),
+        controlnet=control_net_for(model, 0.1),
     )
     pipe.set_progress_bar_config(disable=True)
     apply_dicache(pipe, DiCacheConfig(threshold=math.inf, retention_ratio=0))
@@ -536,7 +501,7 @@ def test_a_trained_flux_keeps_its_quality(
     """45 dB of latents, where the run without any change has 48 (two samples, measured)."""
     pipe = demo.load_pipeline("flux")
     model, steps = pipe.transformer, []
-    net = control_net(model, 0.02)
+    net = control_net_for(model, 0.02)
     handle = model.register_forward_hook(
         lambda module, args, kwargs, output: steps.append(kwargs), with_kwargs=True
     )

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import gc
-import re
 import warnings
-from pathlib import Path
 from typing import Any
 
+import page_code
 import pytest
 import torch
 
 from dicache.core.trajectory import Trajectory
 
-PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
-
-
-def blocks() -> list[tuple[int, str]]:
-    """The blocks of Python code, and where they begin."""
-    text = PAGE.read_text()
-    found = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, each.start(1)), each[1]) for each in found]
+PAGE = page_code.ROOT / "docs" / "engines.md"
 
 
 @pytest.fixture(scope="module")
 def page() -> dict[str, Any]:
-    names: dict[str, Any] = {"__name__": "docs.engines"}
-    for line, code in blocks():
-        exec(compile("\n" * line + code, str(PAGE), "exec"), names)
-    return names
+    return page_code.run(PAGE)
 
 
 def test_all_code_of_the_page_is_python_that_runs(page: dict[str, Any]) -> None:
-    assert len(blocks()) == PAGE.read_text().count("```") // 2 >= 6
+    assert len(page_code.blocks(PAGE, "python")) == PAGE.read_text().count("```") // 2 >= 6
     assert {"generate", "one_step", "packed_step", "guided_step"} <= page.keys()
 
 

@@ -22,6 +22,7 @@ from diffusers import (
     AutoencoderKLLTX2Video,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
@@ -59,6 +60,41 @@ class Call:
 
     inputs: dict[str, Any]
     output: Tensor
+
+
+class ControlVae(nn.Module):
+    """Makes latents of a control picture."""
+
+    config = type(
+        "Config",
+        (),
+        {
+            "latent_channels": 4,
+            "scaling_factor": 1.0,
+            "shift_factor": 0.0,
+            "block_out_channels": (1,) * 4,
+        },
+    )
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def encode(self, x: Tensor) -> Any:
+        latents = x[:, [0, 1, 2, 0], ::8, ::8]
+        drawn = type("Drawn", (), {"sample": lambda *_: latents, "mode": lambda *_: latents})
+        return type("Encoded", (), {"latent_dist": drawn()})()
+
+
+def control_net_for(model: Any, std: float) -> FluxControlNetModel:
+    """A small ControlNet of random weights that fits a Flux."""
+    names = ("in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim")
+    names += ("pooled_projection_dim", "axes_dims_rope", "guidance_embeds")
+    sizes = {name: getattr(model.config, name) for name in names}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        made = FluxControlNetModel(num_layers=2, num_single_layers=2, **sizes)
+        for parameter in made.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=std)
+    return made.eval().requires_grad_(False)
 
 
 def pipeline(name: str, **parts: Any) -> Any:
