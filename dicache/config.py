@@ -52,7 +52,7 @@ class DiCacheConfig:
             the step relative to the run's mean step, N (t_prev - t) / t_first; 1 where that is
             unknown. A misfit counts as much as it can change the picture.
         alignment: How gamma is solved. `"l1"`: mean|a| / mean|d| (the paper). `"least_squares"`:
-            <a, d> / <d, d>.
+            `<a, d> / <d, d>`.
         gamma_range: Bounds (low, high) that gamma is clipped to; `high` may be `None`.
         max_consecutive_reuse: After that many reused steps in a row the next one is computed;
             `None` sets no limit.

@@ -61,7 +61,7 @@ def probe_statistics(
         gamma   = clip(sum|a| / sum|d|, low, high),    a = q - q_old,   d = q_new - q_old
 
     (arXiv 2508.17356, Online Probe Profiling and Dynamic Cache Trajectory Alignment.) With
-    `least_squares` gamma is clip(<a, d> / <d, d>, low, high) instead.
+    `least_squares` gamma is `clip(<a, d> / <d, d>, low, high)` instead.
 
     Args:
         x: [B, ...] tokens before block 0, any floating dtype.
@@ -288,7 +288,7 @@ def record_residuals(
         residual_window: [2, B, ...] in y's dtype.
         probe_window: [2, B, ...] in p's dtype.
         newest: int32 [B]; updated.
-        entry_sums: fp32 [B, 4] (fp64 for fp64 data); overwritten with sum|d| and <d, d>,
+        entry_sums: fp32 [B, 4] (fp64 for fp64 data); overwritten with `sum|d|` and `<d, d>`,
             d = q_new - q_old (the next step's denominators of gamma), and sum|r| of the newer and
             of the older entry, which are finite exactly if the entries can be used.
         first: Whether this is the only entry; it is then written to both places.

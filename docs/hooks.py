@@ -27,6 +27,8 @@ _FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s]+)\)")
 _LOADED = re.compile(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=\"?(https?:)?//[^>]*>")
 
+_FORMULA = re.compile(r"<[a-z_]+, [^>]*>")  # <a, d> outside of code
+
 
 def on_files(files: Any, config: Any) -> Any:
     """Bring the pages that stand elsewhere."""
@@ -64,9 +66,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
-    """Pages load nothing from other hosts."""
+    """Pages load nothing from other hosts, and no formula is taken for a tag."""
     if found := _LOADED.search(output):
         raise PluginError(f"{page.file.src_uri} loads something from another host: {found[0]}")
+    if found := _FORMULA.search(output):
+        raise PluginError(f"{page.file.src_uri}: {found[0]} is not seen; put it in backticks")
     return output
 
 

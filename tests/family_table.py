@@ -260,7 +260,21 @@ ComfyUI, and on stand-ins for those of original code.
 thresholds of FLUX.1, HunyuanVideo and Wan 2.1, by the ratio of the two rules' thresholds at equal
 cost on our trained demo model of the family; other families have the value of the one whose
 architecture and task are closest. Start there, look at the pictures (`dicache generate --compare`
-does it for you), and turn the one knob."""
+does it for you), and turn the one knob.
+
+FLUX.1 counts with img2img, Fill, Kontext and Control, Wan with 2.1 and both experts of 2.2. What is
+special:
+
+- Some of diffusers' classes (SD3, AuraFlow, Sana, Lumina 2, Z-Image, HiDream, HunyuanDiT, FLUX.3,
+  Cosmos) have no `enable_cache`; `apply_dicache` does the same for them.
+- Blocks of VACE that make its hints, and FLUX.3's blocks for text or picture alone, run in every
+  step.
+- HunyuanDiT's own scheduler adds noise in every step, so that the default rules compute all of
+  them.
+- With `granularity="sample"` blocks of Qwen-Image 2.1, and of GLM-Image with its key-value cache,
+  run for all samples, with a warning.
+- Latte is refused, because no row can describe its blocks. [Others](extending.md#a-model-family)
+  need a row."""
 
 
 if __name__ == "__main__":
