@@ -6,7 +6,13 @@
 Importing this package imports neither diffusers nor Triton.
 """
 
-from .adapters import apply_dicache, get_stats, remove_dicache, reset_dicache
+from .adapters import (
+    apply_dicache,
+    context_parallel_plan,
+    get_stats,
+    remove_dicache,
+    reset_dicache,
+)
 from .config import DiCacheConfig
 from .core.judge import Decision
 from .core.session import DiCacheSession
@@ -40,6 +46,7 @@ __all__ = [
     "apply_dicache",
     "apply_sparse_videogen",
     "calibrate",
+    "context_parallel_plan",
     "get_sparse_videogen_stats",
     "get_stats",
     "register_family",

@@ -89,6 +89,11 @@ class DiCacheConfig:
         veto: With a plan: a step is computed all the same where the probe's misfit is more than
             this many times what the calibration saw. `None` follows the plan whatever the probe
             shows, and no step waits for the device.
+        process_group: A `torch.distributed.ProcessGroup` of the ranks that run the model together
+            and so have to decide as one: those that share a sequence, or the weights. `None` finds
+            it where an adapter knows of it (diffusers' `enable_parallelism`, the original code,
+            FSDP and DTensors), and else decides alone. Copies and pickles of a configuration that
+            go to another process come without it.
 
     Raises:
         ValueError: A field has a value outside its range; the message names all three.
@@ -115,6 +120,7 @@ class DiCacheConfig:
     target_speedup: float | None = None
     target_psnr: float | None = None
     veto: float | None = 3.0
+    process_group: Any = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
@@ -136,6 +142,11 @@ class DiCacheConfig:
         expected = "None, torch.bfloat16 or torch.float8_e4m3fn"
         self._check("cache_dtype", self.cache_dtype in dtypes, expected)
         self._check("cache_device", self.cache_device in (None, "cpu"), "None or 'cpu'")
+        self._check(
+            "process_group",
+            self.process_group is None or _is_process_group(self.process_group),
+            "None or a torch.distributed.ProcessGroup, as torch.distributed.new_group gives one",
+        )
         self._check_gamma_range()
         self._check_schedule()
         self._check_profile()
@@ -144,6 +155,12 @@ class DiCacheConfig:
                 f"error={self.error!r} is the misfit of the least-squares gamma, but alignment is "
                 f"{self.alignment!r}. Expected alignment='least_squares', or another error."
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "process_group": None}  # it is of this process
+
+    def __deepcopy__(self, memo: object) -> DiCacheConfig:
+        return self  # nothing can change it
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> DiCacheConfig:
@@ -254,6 +271,11 @@ class DiCacheConfig:
             isinstance(self.schedule, str) and self.schedule != "" and set(self.schedule) <= {*"CR"}
         )
         self._check("schedule", valid, "None or a mask of the letters C (compute) and R (reuse)")
+
+
+def _is_process_group(value: object) -> bool:
+    """Whether it is a group, of a torch that was built with them, and this process is in it."""
+    return torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup)
 
 
 def _is_number(value: object, low: float) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def calibrate(
     Args:
         model: Whatever `apply_dicache` takes. It has no cache yet, and has none afterwards.
         run: `run(i)` is one whole generation of sample i as its final latents or pictures, floating
-            point, the same for the same i. A sample may be a batch.
+            point, the same for the same i. A sample may be a batch. Ranks that share a model all
+            call this function, `run` returns the whole on each, and they get one profile.
         samples: Number of samples, >= 1: prompts and seeds like those that the profile is for.
         gains: Number of runs that measure how far an error goes, at steps spread over the run; 0
             assumes it (`core.calibration.assumed_gains`), and `target_psnr` cannot be had.
@@ -74,7 +76,7 @@ def calibrate(
             progress(done, total)
         return output
 
-    profile, outputs, recorded = _observe(model, run_one, samples, elements, probe_depth)
+    profile, outputs, recorded, share = _observe(model, run_one, samples, elements, probe_depth)
     profile = replace(profile, about={"torch": torch.__version__, **(about or {})})
     measured: dict[int, float] = {}
     steps = _spread(profile, gains)
@@ -85,7 +87,7 @@ def calibrate(
         error = _error(profile, step, recorded[index])
         if change > 0 and error > 0:
             measured[step] = change / error
-    return replace(profile, gains=_for_all_steps(measured, profile)) if gains else profile
+    return share(replace(profile, gains=_for_all_steps(measured, profile))) if gains else profile
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,11 @@ def _checked(output: Any, index: int) -> Tensor:
 
 def _observe(
     model: Any, run: Run, samples: int, elements: int, probe_depth: int
-) -> tuple[Profile, list[Tensor], list[Recorded]]:
-    """Un-cached runs: the profile without gains, what the runs returned, and each one's moments."""
+) -> tuple[Profile, list[Tensor], list[Recorded], Callable[[Profile], Profile]]:
+    """Un-cached runs: the profile without gains, what the runs returned, and each one's moments.
+
+    And what makes the first rank's profile that of all who share the model.
+    """
     outputs: list[Tensor] = []
     recorded: list[Recorded] = []
     config = DiCacheConfig(  # computes every step, however many there are
@@ -167,7 +172,8 @@ def _observe(
             if not output.isfinite().all():
                 raise ValueError(f"run({index}) returned NaN or infinity without a cache.")
             outputs.append(output)
-            found = {name: each.moments() for name, each in recorders.items()}
+            ranks = {name: session.ranks for name, session in sessions.items()}
+            found = {name: each.moments(ranks[name]) for name, each in recorders.items()}
             recorded.append({name: contexts for name, contexts in found.items() if contexts})
         identities = {name: session.identity for name, session in sessions.items()}
     _check_alike(recorded)
@@ -195,7 +201,9 @@ def _observe(
         samples=sum(_batch(each) for each in outputs),
         elements=max(each.taken for each in recorders.values()),
     )
-    return profile, outputs, recorded
+    name = next(iter(models))
+    share = partial(ranks[name].take_first, device=recorders[name].device)
+    return share(profile), outputs, recorded, share
 
 
 def _check_alike(recorded: list[Recorded]) -> None:

@@ -37,7 +37,10 @@ class MMDoubleStreamBlock(nn.Module):
         freqs_cis: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert cu_seqlens_q is not None and len(cu_seqlens_q) == 2 * len(img) + 1
-        mixed = vec[:, None] + txt.mean(1, keepdim=True) + img.mean(1, keepdim=True)
+        whole = img.mean(1, keepdim=True)
+        if self.hybrid_seq_parallel_attn is not None:  # of the parts of all ranks
+            whole = self.hybrid_seq_parallel_attn(whole)
+        mixed = vec[:, None] + txt.mean(1, keepdim=True) + whole
         return img + 0.3 * (self.image(img) + mixed).sin(), txt + 0.1 * (
             self.text(txt) + mixed
         ).sin()

@@ -564,9 +564,8 @@ SPLIT = {
 }
 
 
-@pytest.mark.rules_out("GPUs", rows=ROWS)
 @pytest.mark.parametrize("kind", SPLIT)
-def test_a_sequence_that_is_split_over_gpus_is_refused(kind: str) -> None:
+def test_a_sequence_that_is_split_over_unknown_ranks_is_refused(kind: str) -> None:
     """Before any rank waits for another: when applied, or in the first call of all ranks."""
     model = build(kind)
     SPLIT[kind](model)

@@ -300,6 +300,13 @@ def test_a_sequence_that_is_split_over_devices_is_dense_with_a_warning():
         assert not part._is_sparse(0, call)
 
 
+def test_a_sequence_that_is_split_already_is_refused():
+    model = build("wan")
+    model._parallel_config = object()  # as enable_parallelism does
+    with pytest.raises(ValueError, match=r"split over several devices \(enable_parallelism\)"):
+        apply_sparse_videogen(model)
+
+
 def test_small_blocks_are_refused_anywhere_but_on_the_cpu():
     model = build("wan")
     apply_sparse_videogen(model, SPARSE)

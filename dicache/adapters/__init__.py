@@ -18,7 +18,13 @@ from .diffusers.autoload import teach_diffusers
 from .original import holder as holder  # whose table registers those of original code
 from .serving import attach as for_engines  # those of serving engines
 
-__all__ = ["apply_dicache", "get_stats", "remove_dicache", "reset_dicache"]
+__all__ = [
+    "apply_dicache",
+    "context_parallel_plan",
+    "get_stats",
+    "remove_dicache",
+    "reset_dicache",
+]
 
 
 def apply_dicache(model_or_holder: Any, config: DiCacheConfig | None = None) -> None:
@@ -55,6 +61,20 @@ def reset_dicache(model_or_holder: Any) -> None:
     """
     for session in _adapter_of(model_or_holder).sessions(model_or_holder).values():
         session.reset()
+
+
+def context_parallel_plan(transformer: nn.Module) -> dict[str, Any]:
+    """How `transformer.enable_parallelism(config=..., cp_plan=...)` splits a diffusers model.
+
+    diffusers' own plan where it has one, ours for HunyuanVideo, which also gets hooks that rebuild
+    its mask; see `dicache.adapters.diffusers.context_parallel`.
+
+    Raises:
+        ValueError: Nobody has a plan for this class, or for its kind of conditioning.
+    """
+    from .diffusers.context_parallel import context_parallel_plan as plan
+
+    return plan(transformer)
 
 
 def sessions_of(model_or_holder: Any) -> dict[str, DiCacheSession]:

@@ -11,6 +11,7 @@ from .calibration import Plan
 from .extrapolation import Extrapolation
 from .gate import Gate, PlannedGate
 from .moves import FirstMoves
+from .ranks import Ranks
 from .readback import Readback, one_number
 from .recorder import Recorder
 from .rules import Rules
@@ -36,12 +37,18 @@ class Context:
         added, prompt: Watch what tokens meet behind the probe.
         recorder: Notes computed steps for a profile.
         moves: Watches where the tokens go in the run's first steps.
+        ranks: Those that decide together.
     """
 
     def __init__(
-        self, rules: Rules, extrapolation: Extrapolation | None = None, plan: Plan | None = None
+        self,
+        rules: Rules,
+        ranks: Ranks,
+        extrapolation: Extrapolation | None = None,
+        plan: Plan | None = None,
     ) -> None:
-        self.rules, self.extrapolation, self.plan = rules, extrapolation, plan
+        self.rules, self.ranks = rules, ranks
+        self.extrapolation, self.plan = extrapolation, plan
         self.gates = [self._make_gate()]
         self.trajectory: Trajectory | None = None
         self.has_history = False
@@ -86,7 +93,8 @@ class Context:
         Raises:
             ValueError: The rules' backend does not work where the tensors are.
         """
-        trajectory = Trajectory(self.rules, x, p, self.extrapolation is not None)
+        has_third = self.extrapolation is not None
+        trajectory = Trajectory(self.rules, x, p, has_third, self.ranks)
         if self.rules.by_sample:
             self.gates = [self._make_gate() for _ in range(x.shape[0])]
         self.trajectory = trajectory  # now that it is whole

@@ -6,6 +6,7 @@ from ..config import DiCacheConfig
 from ..profile import Identity
 from .calibration import Calibration
 from .context import Context
+from .ranks import Ranks
 from .recorder import Recorder
 from .run import Run, Timeline
 
@@ -22,12 +23,18 @@ class Learner:
         config: Whose targets are met.
         threshold: What the rules without a profile decide by: its cost is the default.
         timeline: Knows which runs are over.
+        ranks: Those that learn together.
     """
 
     def __init__(
-        self, config: DiCacheConfig, threshold: float, timeline: Timeline[Context]
+        self,
+        config: DiCacheConfig,
+        threshold: float,
+        timeline: Timeline[Context],
+        ranks: Ranks,
     ) -> None:
         self._config, self._threshold, self._timeline = config, threshold, timeline
+        self._ranks = ranks
         self._known: list[Calibration] = []
         self._recording: tuple[Run[Context], Recorder, Identity] | None = None
         self._failures = 0
@@ -76,7 +83,7 @@ class Learner:
 
     def _calibrated(self, recorder: Recorder, identity: Identity, steps: int) -> Calibration:
         config = self._config
-        profile = recorder.profile(identity, config.probe_depth, steps)
+        profile = recorder.profile(identity, config.probe_depth, steps, self._ranks)
         (name,) = profile.models
         return Calibration(profile, name, config, self._threshold)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..profile import Identity, ModelProfile, Moments, Profile
+from .ranks import Ranks
 
 _CHUNK = 8192  # elements whose products are taken at once in fp64
 
@@ -25,12 +26,15 @@ class Recorder:
     Attributes:
         timesteps: Of the steps, by index, where they are known.
         taken: Number of elements that were taken of a sample.
+        device: Where the tokens are.
     """
 
     def __init__(self, elements: int = 65536, seed: int = 0) -> None:
         self._elements, self._seed = elements, seed
         self._steps: dict[str, dict[int, tuple[Tensor, Tensor, float]]] = {}
         self._choice: dict[tuple[int, ...], tuple[Tensor, ...] | None] = {}
+        self._size = 0  # elements of a batch's hidden states in this process
+        self.device = torch.device("cpu")
         self.timesteps: dict[int, float | None] = {}
         self.taken = 0
 
@@ -38,6 +42,7 @@ class Recorder:
         self, context: str, step: int, timestep: float | None, x: Tensor, p: Tensor, y: Tensor
     ) -> None:
         """A computed step's tokens [B, ...] before block 0, after the probe and at the end."""
+        self._size, self.device = x.numel(), x.device
         x, p, y = (self._sample(each) for each in (x, p, y))
         known = self._steps.setdefault(context, {})
         # A step that comes again is that of a new run, whose beginning nobody had seen.
@@ -54,31 +59,63 @@ class Recorder:
         wanted = {*range(num_steps)}
         return bool(self._steps) and all(steps.keys() == wanted for steps in self._steps.values())
 
-    def profile(self, identity: Identity, probe_depth: int, num_steps: int) -> Profile:
+    def profile(
+        self, identity: Identity, probe_depth: int, num_steps: int, ranks: Ranks | None = None
+    ) -> Profile:
         """Of the one run of so many steps that was recorded, with that one model in it.
+
+        Args:
+            ranks: As for `moments`. All of them get the first one's.
 
         Raises:
             ValueError: It teaches nothing: steps are missing, or not finite.
         """
-        if not self.is_whole(num_steps):
+        ranks = Ranks() if ranks is None else ranks
+        is_missing = torch.tensor(float(not self.is_whole(num_steps)), device=self.device)
+        if ranks.add_up(is_missing):  # to any of them
             raise ValueError(_NOT_WHOLE)
         times = [self.timesteps[step] for step in range(num_steps)]
         known = tuple(float(each) for each in times if each is not None)
-        return Profile(
-            {"model": ModelProfile(identity, probe_depth, self.moments())},
+        profile = Profile(
+            {"model": ModelProfile(identity, probe_depth, self.moments(ranks))},
             num_steps=num_steps,
             timesteps=known if len(known) == num_steps else None,
             elements=self.taken,
             about={"torch": torch.__version__},
         )
+        return ranks.take_first(profile, self.device)
 
-    def moments(self) -> dict[str, Moments]:
-        """Moments of every context, averaged over the batch.
+    def moments(self, ranks: Ranks | None = None) -> dict[str, Moments]:
+        """Moments of every context, averaged over the batch and over the tokens of all ranks.
+
+        Args:
+            ranks: Those that have the other tokens; all of them ask for the moments.
 
         Raises:
             ValueError: Steps are missing, or not finite.
         """
-        return {name: _moments_of(name, steps) for name, steps in self._steps.items()}
+        found = {}
+        for name, steps in self._steps.items():
+            means = _means_of(name, steps)
+            if ranks is not None and ranks.are_several:
+                means = self._means_of_all(means, ranks)
+            # Behind the exchange: what is not finite in one rank is so in all of them by now.
+            if not all(each.isfinite().all() for each in means):
+                raise ValueError(
+                    f"The hidden states of the context {name!r} are not finite. Expected runs of a "
+                    f"model that works; NaN in float16 is the usual cause."
+                )
+            found[name] = Moments(min(steps), *means)
+        return found
+
+    def _means_of_all(self, means: tuple[Tensor, ...], ranks: Ranks) -> tuple[Tensor, ...]:
+        """A rank's means are of a sample of its tokens, and count by how many it has of them."""
+        flat = torch.cat([each.flatten() for each in means])
+        sums = torch.cat([flat, flat.new_ones(1)]) * self._size
+        *totals, size = (
+            ranks.add_up(sums.to(self.device)).cpu().split([*map(Tensor.numel, means), 1])
+        )
+        return tuple(t.view_as(each) / size for t, each in zip(totals, means, strict=True))
 
     def _sample(self, tokens: Tensor) -> Tensor:
         """[B, m] elements, fp32 in host memory."""
@@ -109,7 +146,8 @@ _NOT_WHOLE = (
 )
 
 
-def _moments_of(name: str, steps: dict[int, tuple[Tensor, Tensor, float]]) -> Moments:
+def _means_of(name: str, steps: dict[int, tuple[Tensor, Tensor, float]]) -> tuple[Tensor, ...]:
+    """rr, qq, rq and pp of `Moments`, over the elements that were taken."""
     first, count = min(steps), len(steps)
     expected = range(first, first + count)
     if sorted(steps) != [*expected]:
@@ -121,12 +159,7 @@ def _moments_of(name: str, steps: dict[int, tuple[Tensor, Tensor, float]]) -> Mo
     q = torch.stack([steps[i][1].flatten() for i in expected])
     rr, qq, rq = _products(r, r), _products(q, q), _products(r, q)
     pp = torch.tensor([steps[i][2] for i in expected], dtype=torch.float64, device="cpu")
-    if not (rr.isfinite().all() and qq.isfinite().all() and pp.isfinite().all()):
-        raise ValueError(
-            f"The hidden states of the context {name!r} are not finite. Expected runs of a model "
-            f"that works; NaN in float16 is the usual cause."
-        )
-    return Moments(first, rr, qq, rq, pp)
+    return rr, qq, rq, pp
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from ..stats import RunStats
 from .calibration import Calibration
 from .context import Context
 from .learner import Learner
+from .ranks import Ranks
 from .readback import as_number
 from .recorder import Recorder
 from .rules import Rules, resolve
@@ -56,6 +57,8 @@ class DiCacheSession:
         recorder: Notes the steps of runs that begin from now on, for a profile.
         identity: Which model it is of, where somebody said it.
         timeline: Finds out which step of which run a call is.
+        ranks: Those that decide with it: `DiCacheConfig(process_group=...)`, or what an adapter
+            found.
     """
 
     def __init__(self, rules: DiCacheConfig | Rules, *, ascending_timesteps: bool = False) -> None:
@@ -63,6 +66,7 @@ class DiCacheSession:
         resolve_backend(self.rules.backend)  # an absent one is refused here, not in the first run
         self.rules_of: dict[str, Rules] = {}
         self.recorder: Recorder | None = None
+        self.ranks = Ranks(self.rules.config.process_group)
         self.identity: Identity | None = None
         self.timeline: Timeline[Context] = Timeline(
             self._make_context,
@@ -71,7 +75,9 @@ class DiCacheSession:
         )
         self._learner: Learner | None = None
         if self.rules.learns:
-            self._learner = Learner(self.rules.config, self.rules.threshold, self.timeline)
+            self._learner = Learner(
+                self.rules.config, self.rules.threshold, self.timeline, self.ranks
+            )
 
     def step(
         self,
@@ -126,13 +132,16 @@ class DiCacheSession:
     def end(self, run: Hashable) -> None:
         """Free the state of the run with this key (`Where.run`)."""
         self.timeline.end(run)
-        if self._learner is not None:
-            self._learner.settle()
+        self._settle()
 
     def reset(self) -> None:
         """Free all state now. Statistics stay until the first step of the next run."""
         self.timeline.reset()
-        if self._learner is not None:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Learn now; ranks with their next run, which all of them begin: one may have failed."""
+        if self._learner is not None and not self.ranks.are_several:
             self._learner.settle()
 
     def warn(self, cause: str, message: str) -> None:
@@ -167,7 +176,7 @@ class DiCacheSession:
 
     def _new_context(self, name: str, rules: Rules, calibration: Calibration | None) -> Context:
         if calibration is None:
-            return Context(rules)
+            return Context(rules, self.ranks)
         run, extrapolation = self.timeline.run, calibration.extrapolation(name)
         if extrapolation is None and self._learner is not None:
             self._learner.forget()
@@ -177,11 +186,11 @@ class DiCacheSession:
             run.warn("profile", _OTHER_CONTEXT.format(name, known))
         elif run.moments - run.missed > 1:  # its first step is not the run's
             run.warn("profile", PAUSED.format(name))
-            return Context(rules)
+            return Context(rules, self.ranks)
         plan = calibration.plan(name)
         if plan is not None:
             run.stats.planned[name] = plan.computed
-        return Context(rules, extrapolation, plan)
+        return Context(rules, self.ranks, extrapolation, plan)
 
 
 _UNKNOWN_STEPS = (

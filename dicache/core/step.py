@@ -13,6 +13,7 @@ from torch import Tensor
 from ..stats import MOST_RECORDS, StepRecord
 from .context import Context
 from .judge import COMPUTE, Decision, follow_plan, judge, judge_samples
+from .ranks import Ranks
 from .readback import Readback, one_number
 from .rules import Rules
 from .run import UNTOLD, Run, Timeline, Visit
@@ -25,8 +26,10 @@ from .where import Where
 _NEARER = 0.9
 _AS_FAR = (0.5, 2.0)
 
+# What the answers may show beside the error and gamma.
+_ANOTHER_ORDER, _ANOTHER_STATE, _NEW_NOISE, _ANOTHER_RUN = 1, 2, 4, 8
 
-Question: TypeAlias = tuple[Tensor, Callable[[Any], None]]
+Question: TypeAlias = tuple[Tensor, int, Callable[[Any], bool]]  # and whether an answer shows it
 
 
 class Step:
@@ -80,7 +83,7 @@ class Step:
         self.place = visit.index + visit.run.begins_at
         self.stats = stats = visit.run.stats
         if branch is None:
-            self._context, self.name = Context(self._rules), UNTOLD
+            self._context, self.name = Context(self._rules, Ranks()), UNTOLD
         else:
             self._context, self.name = branch.state, branch.name
         if self.name not in stats.contexts:
@@ -193,18 +196,26 @@ class Step:
             return self._decision
         self._note_tokens(x)
         self._weights = self._context.weights(self.place)
-        asked: list[Question] = []
-        if self._context.is_blind:
-            self._decision = self._judge(None)
-        else:
+        measured: list[Tensor] = []
+        if not self._context.is_blind:
             numbers, self._gamma = trajectory.measure(x, p)
-            asked.append((numbers, self._consider_numbers))
-        asked += self._questions()
-        readback = Readback(*[each for each, _ in asked])
+            measured.append(numbers)
+        asked = self._questions()
+        readback = Readback(*measured, *[each for each, _, _ in asked])
         if trajectory.runs_ahead and any(gate.may_reuse() for gate in self._context.gates):
             self._queued = self._fill_in(trajectory, x, p)
-        for (_, consider), answer in zip(asked, readback.wait(), strict=True):
-            consider(answer)
+        answers = readback.wait()
+        found = answers.pop(0) if measured else None
+        shown = 0
+        for (_, what, shows), answer in zip(asked, answers, strict=True):
+            if shows(answer):
+                shown |= what
+        time = answers[-1] if asked and asked[-1][1] == _ANOTHER_RUN else math.nan
+        if self._context.ranks.are_several and (measured or self._may_see_apart()):
+            shown, time, found = self._agree(trajectory, shown, time, found)
+        self._decision = self._judge(found)
+        if shown:
+            self._act_on(shown, time)
         decision = self._decision
         if not decision.reuses_any:
             self._queued = None
@@ -298,52 +309,71 @@ class Step:
     # --- the decision ---
 
     def _questions(self) -> list[Question]:
-        """What is read along with the probe's numbers, in one wait, and who takes the answer.
-
-        That of the check comes last: it may show that this is another run's step.
-        """
+        """What is read along with the probe's numbers, in one wait. The check comes last."""
         context, check = self._context, self.where.check
         asked: list[Question] = []
         if context.is_blind and check is not None:  # its answer need not be waited for
             context.promise(check)
             check = None
         if self._visit.siblings is not None:
-            asked.append((self._distances(), self._consider_distances))
+            asked.append((self._distances(), _ANOTHER_ORDER, _are_of_another_call))
         if context.added.is_watching and (added := context.added.ask()) is not None:
-            asked.append((added, self._consider_added))
+            asked.append((added, _ANOTHER_STATE, self._shows_other_additions))
         if context.prompt.has_moved and (prompt := context.prompt.ask()) is not None:
-            asked.append((prompt, self._consider_prompt))
+            asked.append((prompt, _ANOTHER_STATE, context.prompt.has_changed))
         if context.moves.are_due:
-            asked.append((context.moves.ask(), self._consider_moves))
+            asked.append((context.moves.ask(), _NEW_NOISE, context.moves.are_noise))
         if check is not None:
-            asked.append((one_number(check.value), self._consider_check))
+            holds = check.holds
+            asked.append((one_number(check.value), _ANOTHER_RUN, lambda value: not holds(value)))
         return asked
 
-    def _consider_check(self, value: float) -> None:
-        check = self.where.check
-        if check is not None and not check.holds(value):
-            self.where = self.where.without_place(value)
-            self._begin_run()
+    def _may_see_apart(self) -> bool:
+        """Whether ranks, each with its own tokens, may answer the questions differently.
 
-    def _consider_added(self, numbers: list[Any]) -> None:
+        All ranks have the same prompt. Whether one is asked about may differ: that is a matter of
+        where it lies in memory.
+        """
+        return self._visit.siblings is not None or self._context.added.is_watching
+
+    def _shows_other_additions(self, numbers: list[Any]) -> bool:
         # A schedule says itself which steps are alike.
-        if self._context.added.has_changed(numbers, only_ends=self._rules.schedule is not None):
-            self._begin_anew()
+        only_ends = self._rules.schedule is not None
+        return self._context.added.has_changed(numbers, only_ends)
 
-    def _consider_prompt(self, numbers: list[float]) -> None:
-        if self._context.prompt.has_changed(numbers):
-            self._begin_anew()
+    def _agree(
+        self,
+        trajectory: Trajectory,
+        shown: int,
+        time: float,
+        found: list[list[float]] | None,
+    ) -> tuple[int, float, list[list[float]] | None]:
+        """What the first rank saw: all others do what it does, whatever they saw themselves."""
+        rows = found or []
+        mine = [float(shown), time, *(number for row in rows for number in row)]
+        first, time, *numbers = self._context.ranks.agree(mine, trajectory.newest.device)
+        agreed = [numbers[k : k + 2] for k in range(0, len(numbers), 2)]
+        if agreed != rows:  # no total is promised to have the same last bit everywhere
+            self._gamma, self._queued = trajectory.gamma_from(agreed), None
+        return int(first), time, agreed if found else None
 
-    def _consider_moves(self, numbers: list[list[float]]) -> None:
-        if self._context.moves.are_noise(numbers):
-            self._visit.run.is_noisy = True
-            if self._is_too_noisy():
-                self._decision = self._decision.resumed()
-
-    def _begin_anew(self) -> None:
-        """What lies behind the probe is not that of the trajectory any more."""
-        self._context.begin_anew()
-        self._decision = self._decision.resumed()
+    def _act_on(self, shown: int, time: float) -> None:
+        """Take the consequences of what was shown, in the end that this is another run's step."""
+        run, context = self._visit.run, self._context
+        is_resumed = bool(shown & (_ANOTHER_ORDER | _ANOTHER_STATE))
+        if shown & _ANOTHER_ORDER:
+            run.warn("order", _OTHER_ORDER)
+            context.drop_entries()
+        if shown & _ANOTHER_STATE:
+            context.begin_anew()
+        if shown & _NEW_NOISE:
+            run.is_noisy = True
+            is_resumed |= self._is_too_noisy()
+        if is_resumed:
+            self._decision = self._decision.resumed()
+        if shown & _ANOTHER_RUN:
+            self.where = self.where.without_place(time)
+            self._begin_run()
 
     def _note_tokens(self, x: Tensor) -> None:
         """Take a sample of x, once a step, where it tells something."""
@@ -376,19 +406,6 @@ class Step:
                 known.append(other[1])
         origins = torch.stack([tokens, own[1]])
         return torch.linalg.vector_norm(torch.stack(known) - origins[:, None], dim=-1)
-
-    def _consider_distances(self, distances: list[list[float]]) -> None:
-        (own, *to_others), (_, *apart) = distances
-        least, most = _AS_FAR
-        for to_other, between in zip(to_others, apart, strict=True):
-            if to_other < _NEARER * own or least * between < own < most * between:
-                self._visit.run.warn("order", _OTHER_ORDER)
-                self._context.drop_entries()
-                self._decision = self._decision.resumed()
-                return
-
-    def _consider_numbers(self, numbers: list[list[float]]) -> None:
-        self._decision = self._judge(numbers)
 
     def _fill_in(self, trajectory: Trajectory, x: Tensor, p: Tensor) -> Tensor:
         """The tokens of a reused step."""
@@ -483,7 +500,9 @@ class Step:
         was_asked = self._tokens is not None
         self._note_tokens(x)
         if self._visit.siblings and not was_asked:
-            self._consider_distances(Readback(self._distances()).wait()[0])
+            is_other = _are_of_another_call(Readback(self._distances()).wait()[0])
+            shown = self._context.ranks.agree([_ANOTHER_ORDER if is_other else 0], x.device)
+            self._act_on(int(shown[0]), math.nan)
 
     def _be_computed(self) -> None:
         """The step is computed, also where it might have been reused."""
@@ -560,6 +579,16 @@ class Step:
     def _begin_run(self) -> None:
         """This turned out to be a new run's first step: begin it, and be that step."""
         self._open(self._timeline.restart(self._visit.run, self.where))
+
+
+def _are_of_another_call(distances: list[list[float]]) -> bool:
+    """Whether tokens are those of another call of the step, by the answer to `_distances`."""
+    (own, *to_others), (_, *apart) = distances
+    least, most = _AS_FAR
+    return any(
+        to_other < _NEARER * own or least * between < own < most * between
+        for to_other, between in zip(to_others, apart, strict=True)
+    )
 
 
 def _count_memory(run: Run[Context]) -> None:

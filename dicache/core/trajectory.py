@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..ops import make_workspace, resolve_backend, why_slow
+from .ranks import Ranks
 from .rules import Rules
 from .store import BATCH_DIMENSION, make_store
 from .warning import warn_user
@@ -38,6 +39,7 @@ class Trajectory:
         x: [B, ...] tokens before block 0; gives shape, dtype and device.
         p: [B, ...] tokens after the probe.
         has_third: Whether a third entry of r is kept, for `extrapolate`.
+        ranks: Those that have the other tokens of a sequence.
 
     Attributes:
         runs_ahead: Whether work may be queued while the host does something else.
@@ -45,8 +47,15 @@ class Trajectory:
     """
 
     @torch.inference_mode(False)  # buffers made inside it could not be rewritten outside
-    def __init__(self, rules: Rules, x: Tensor, p: Tensor, has_third: bool = False) -> None:
-        self._rules = rules
+    def __init__(
+        self,
+        rules: Rules,
+        x: Tensor,
+        p: Tensor,
+        has_third: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._rules, self._ranks = rules, ranks
         self._ops = resolve_backend(rules.backend, x.device)
         if rules.backend == "auto" and (reason := why_slow(x.device)) is not None:
             warn_user(_SLOW.format(x.device.type, reason))  # pip shows nobody what builds print
@@ -98,21 +107,28 @@ class Trajectory:
 
         Returns:
             On the device: (error, gamma) of every sample and, in the last row, of the whole batch,
-            [B + 1, 2]; and what each sample is combined with, [B].
+            [B + 1, 2]; and what each sample is combined with, [B]. Of all ranks' tokens.
         """
         x, p = self._dense_x(x), _dense(self._view(p) if self._is_permuted else p)
         if self._packs:
             self.store.open(_PROBES, *self._previous)
         if self._previous:
-            numbers = self._ops.probe_statistics(x, p, *self._arguments)[1]
+            sums, numbers = self._ops.probe_statistics(x, p, *self._arguments)
             self._stored_probe = True
         else:
-            numbers = self._ops.alignment_statistics(x, p, *self._arguments)[1]
+            sums, numbers = self._ops.alignment_statistics(x, p, *self._arguments)
+        if self._ranks is not None and self._ranks.are_several:
+            numbers = self._finish(self._ranks.add_up(sums))
         if self._packs:
             self.store.save(*self._previous)  # the previous step's probe is this one's by now
             self.store.empty(_PROBES, *self._previous)
             self.store.expect(_RESIDUALS)
         return numbers, self._gamma_of(numbers)
+
+    def gamma_from(self, numbers: Sequence[Sequence[float]]) -> Tensor:
+        """What each sample is combined with [B], by numbers that another rank measured."""
+        known = torch.tensor(numbers, dtype=self._gamma_dtype, device="cpu")
+        return self._gamma_of(known.to(self.newest.device))
 
     def combine(self, x: Tensor, gamma: Tensor) -> Tensor:
         """y = x + r_old + gamma (r_new - r_old) [B, ...]; gamma [B] on the device."""
@@ -251,6 +267,14 @@ class Trajectory:
         x_prev = store["previous_x"] if "previous_x" in self._previous else None
         least_squares = rules.least_squares
         return (store["previous_probe"], x_prev, *shared, least_squares, None, self._workspace)
+
+    def _finish(self, sums: Tensor) -> Tensor:
+        """(error, gamma) [B + 1, 2] from sums, as the operator of the statistics makes them."""
+        rules = self._rules
+        if self._previous:
+            return self._ops.finish_probe_statistics(sums, *rules.gamma_range)
+        relative = rules.error.relative_to_probe
+        return self._ops.finish_alignment_statistics(sums, *rules.gamma_range, relative)
 
     def _gamma_of(self, numbers: Tensor) -> Tensor:
         """gamma [B] out of (error, gamma) [B + 1, 2]: each sample's own, or the batch's for all."""

@@ -146,6 +146,7 @@ def sample_to_dict(sample: Sample) -> dict[str, Any]:
 def config_to_dict(config: DiCacheConfig) -> dict[str, Any]:
     """A configuration; a profile, which is in a file of its own, by what it is called."""
     values = {each.name: getattr(config, each.name) for each in fields(config)}
+    del values["process_group"]  # of one process
     profile = values["profile"]
     return {**values, "profile": repr(profile) if isinstance(profile, Profile) else profile}
 

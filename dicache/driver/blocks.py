@@ -39,6 +39,9 @@ class Driver(Protocol):
     def enter_blocks(self, call: Call, x: Tensor) -> None:
         """Tokens x [B, S, D] enter block 0."""
 
+    def given(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """What the block's `forward` gets of these arguments: see `call.Locator`."""
+
     def after_probe(self, call: Call, p: Tensor) -> None:
         """Tokens p [B, S, D] leave the probe: decide."""
 
@@ -193,7 +196,7 @@ def entering(driver: Driver, block: BlockCall, inner: BlockFunction) -> BlockFun
     def call(*args: Any, **kwargs: Any) -> Any:
         running = driver.call
         if running is not None:  # else the block is called on its own, outside of the model
-            driver.enter_blocks(running, block.tokens_in(args, kwargs))
+            driver.enter_blocks(running, block.tokens_in(*driver.given(block.block, args, kwargs)))
         return inner(*args, **kwargs)
 
     return call
@@ -220,10 +223,11 @@ def probing(driver: Driver, block: BlockCall, inner: BlockFunction) -> BlockFunc
         running = driver.call
         if running is None:
             return inner(*args, **kwargs)
+        got, named = driver.given(block.block, args, kwargs)
         if others:
-            x = block.tokens_in(args, kwargs)
+            x = block.tokens_in(got, named)
         else:
-            x = kwargs[name] if name in kwargs else args[places[name]]
+            x = named[name] if name in named else got[places[name]]
         driver.enter_blocks(running, x)
         output = inner(*args, **kwargs)
         _end_probe(driver, block, running, output)

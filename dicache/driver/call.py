@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.step import Step
 from ..core.where import Where
@@ -23,6 +23,17 @@ class Locator(Protocol):
             arguments: Of the model's call, by name.
             layout: Shape [B, S, D] of its tokens.
         """
+
+    def groups(self) -> Sequence[Any]:
+        """Process groups of ranks that share a sequence; `None` for one that is not known.
+
+        Asked when the cache is applied, and in every branch's first step of a run.
+        """
+
+    def given(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Of the arguments of block 0's call what its `forward` gets, if hooks split them."""
 
     def end_call(self) -> None:
         """The call is over, one way or another."""

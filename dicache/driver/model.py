@@ -21,6 +21,7 @@ from ..config import AUTO, DiCacheConfig
 from ..core.rules import Rules, resolve
 from ..core.session import DiCacheSession
 from ..core.step import GRADIENTS, Step
+from ..core.where import Where
 from ..error_rules import ERROR_RULES
 from ..profile import Identity, Profile
 from .blocks import BlockCall, roles_of
@@ -28,6 +29,7 @@ from .bypass import Bypass, twin_class
 from .call import Call, Locator, Untouched
 from .compiling import Surroundings, outermost_call
 from .families import BlockStack, ModelFamily, unwrapped
+from .parallel import group_of_all, groups_of
 from .samples import Samples
 
 
@@ -73,6 +75,7 @@ class CachedModel:
         self._check(blocks)
         self.session = DiCacheSession(rules, ascending_timesteps=family.ascending_timesteps)
         self.session.identity = Identity.of(model, len(blocks))
+        self._find_ranks()
         self.call: Call | None = None
         self.skips = False
         self.block_calls = [
@@ -176,7 +179,10 @@ class CachedModel:
     def enter_blocks(self, call: Call, x: Tensor) -> None:
         """Open the step, and note the tokens that enter block 0."""
         where = self.locator.where(call.arguments, x.shape)
-        call.step = Step(self.session.timeline, self.session.rules, where)
+        call.step = step = self._open_step(where, call)
+        if not step.stats.contexts[step.name] and self._find_ranks():  # the branch's first step
+            self.session.reset()
+            call.step = self._open_step(where, call)
         call.samples = call.untouched = None  # of an earlier pass, if the model makes several
         if torch.is_grad_enabled() and needs_gradients(self.model, (x, call.arguments)):
             self._leave_to_gradients(call, x.shape[0])
@@ -185,6 +191,29 @@ class CachedModel:
         call.x = x.clone() if self._works_in_place else x
         if self._works_in_place is None:
             call.untouched = Untouched(x)
+
+    def given(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """See `blocks.Driver`."""
+        return self.locator.given(block, args, kwargs)
+
+    def _open_step(self, where: Where, call: Call) -> Step:
+        if self.session.ranks.are_several:
+            # A rank's part may keep its shape where another one's changes: all know the whole.
+            whole = call.arguments.get(self._parameters[0])
+            where = where._replace(layout=(where.layout, *(t.shape for t in _tensors_in(whole))))
+        return Step(self.session.timeline, self.session.rules, where)
+
+    def _find_ranks(self) -> bool:
+        """See who runs the blocks with us; whether it is somebody else than before.
+
+        Raises:
+            ValueError: No known group has all these ranks.
+        """
+        ranks, given = self.session.ranks, self.session.config.process_group
+        group = group_of_all(given, [*self.locator.groups(), *groups_of(self.model)])
+        has_changed = group is not ranks.group
+        ranks.follow(group)
+        return has_changed
 
     def after_probe(self, call: Call, p: Tensor) -> None:
         """Take the decision; on a computed step move x and p into the cache's buffers."""

@@ -114,6 +114,13 @@ class _SparseTransformer:
     """
 
     def __init__(self, transformer: nn.Module, config: SparseVideoGenConfig) -> None:
+        if getattr(transformer, "_parallel_config", None) is not None:
+            raise ValueError(
+                f"This {type(transformer).__name__} is split over several devices "
+                f"(enable_parallelism), and Sparse VideoGen needs all tokens of a head in their "
+                f"order. Expected a transformer on one device, or leave Sparse VideoGen out: the "
+                f"cache works with several."
+            )
         family = find_sparse_family(transformer)
         blocks = find_family(transformer)
         assert family is not None and blocks is not None  # _transformers lets no other pass

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from torch import nn
 
 from ...core.warning import warn_user
 from ...core.where import Where
-from ...driver.families import ModelFamily
+from ...driver.families import ModelFamily, unwrapped
 from .components import components_of
 from .locate import ContextReader, DiffusersLocator
 from .other_caches import refuse_others_after
@@ -93,6 +94,22 @@ class Site:
         if self._notes:
             where = where._replace(computes_in=(where.computes_in, *self._notes.values()))
         return where
+
+    def groups(self) -> list[Any]:
+        """See `driver.call.Locator`: the ranks of `enable_parallelism`, before or after us."""
+        parallel = getattr(self._transformer, "_parallel_config", None)
+        context = getattr(parallel, "context_parallel_config", None)
+        return [] if context is None else [context._flattened_mesh.get_group()]
+
+    def given(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """See `driver.call.Locator`. Some models' tokens are split by a hook on block 0."""
+        registry = getattr(unwrapped(block), "_diffusers_hook", None)
+        for hook in () if registry is None else registry.hooks.values():
+            if isinstance(hook, ContextParallelSplitHook):
+                args, kwargs = hook.pre_forward(block, *args, **kwargs)
+        return args, kwargs
 
     def end_call(self) -> None:
         """The call is over, one way or another."""

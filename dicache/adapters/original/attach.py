@@ -10,7 +10,7 @@ from ...config import DiCacheConfig
 from ...driver.model import CachedModel, refuse_to_learn_of_several, rules_for
 from ..holders import refuse_cached
 from .holder import HOLDERS, pipeline_of
-from .locate import Experts, OriginalLocator, refuse_split_sequences
+from .locate import Experts, OriginalLocator
 
 __all__ = ["apply", "is_holder", "models_of", "remove", "sessions"]
 
@@ -34,7 +34,6 @@ def _make(
     family = HOLDERS.family_of(model)
     assert family is not None  # models_of finds no other
     refuse_cached(model)
-    refuse_split_sequences(model)
     rules = rules_for(config, family, model, name)
     locator = OriginalLocator(model, family, pipeline, experts)
     package = str(family.module)

@@ -1,14 +1,16 @@
-"""Where a call of an original model stands: two experts share a run, and sequences are whole.
+"""Where a call of an original model stands: two experts share a run, ranks a sequence.
 
 Nobody names branches of guidance here, and nobody says when a run is over.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ...core.run import Timeline
@@ -83,34 +85,29 @@ class OriginalLocator(UnnamedLocator):
         self.follow(pipeline)
 
     def where(self, arguments: Mapping[str, Any], layout: torch.Size) -> Where:
-        """See `driver.call.Locator`.
-
-        Raises:
-            ValueError: The sequence is split over several GPUs.
-        """
-        refuse_split_sequences(self._model)
+        """See `driver.call.Locator`."""
         where = super().where(arguments, layout)
         return where if self._experts is None else self._experts.place(self, where)
 
+    def groups(self) -> list[Any]:
+        """See `driver.call.Locator`.
 
-def refuse_split_sequences(model: Any) -> None:
-    """See that every GPU has the whole sequence.
+        HunyuanVideo's blocks get an attention of xfuser's where a sequence is split, Wan's model
+        another `forward`: that of Wan 2.1 is xfuser's, too, that of 2.2 splits over all processes.
+        """
+        forward = vars(self._model).get("forward")
+        name = getattr(getattr(forward, "__func__", forward), "__name__", "")
+        if name == "sp_dit_forward":
+            return [dist.group.WORLD]
+        block = unwrapped(next(iter(getattr(self._model, "double_blocks", ())), None))
+        has_split_attention = getattr(block, "hybrid_seq_parallel_attn", None) is not None
+        return [_xfuser_group()] if has_split_attention or name == "usp_dit_forward" else []
 
-    Ranks that share one have to decide as one; left alone, they would wait for each other for ever.
-    HunyuanVideo's blocks then have an attention of xfuser's, Wan's model another `forward`.
 
-    Raises:
-        ValueError: The sequence is split.
-    """
-    forward = vars(model).get("forward")
-    name = getattr(getattr(forward, "__func__", forward), "__name__", "")
-    block = unwrapped(next(iter(getattr(model, "double_blocks", ())), None))
-    has_split_attention = getattr(block, "hybrid_seq_parallel_attn", None) is not None
-    if has_split_attention or name in ("usp_dit_forward", "sp_dit_forward"):
-        raise ValueError(
-            f"The tokens of this {type(model).__name__} are split over several GPUs (Ulysses or "
-            f"ring attention). Expected a model that has all of them: DiCache would decide on "
-            f"every GPU for itself, and GPUs that disagree wait for ever. Set the sizes of both "
-            f"(--ulysses_degree, --ulysses_size, --ring_degree, --ring_size) to 1, or call "
-            f"remove_dicache."
-        )
+def _xfuser_group() -> Any:
+    """The group of xfuser's sequence parallelism; `None` where there is no xfuser."""
+    try:
+        distributed: Any = importlib.import_module("xfuser.core.distributed")
+        return distributed.get_sp_group().device_group
+    except (ImportError, AssertionError):  # it asserts that it was initialized
+        return None
