@@ -10,6 +10,7 @@ from helpers import mask, trajectory_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, Where, ops
+from dicache.core import trajectory
 from dicache.core.readback import Readback
 from dicache.core.trajectory import Trajectory
 
@@ -764,3 +765,40 @@ def test_on_a_gpu_a_decision_is_the_only_wait_and_the_tokens_are_queued_before_i
             torch.cuda.set_sync_debug_mode("default")
         assert got[0] == expected[0]
         torch.testing.assert_close(got[1].cpu(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+# --- where a step cannot be kept -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parks", [True, False])
+@pytest.mark.parametrize("elsewhere", ["y", "p and y"])
+def test_a_model_that_is_spread_over_devices_is_computed(parks, elsewhere):
+    """Its last blocks, or all behind the first, are on another device; it is said once a run."""
+    session, seen = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE)), []
+    with pytest.warns(DiCacheWarning, match=r"several devices \(cpu, meta\)") as told:
+        for seed in range(4):
+            x, p, y = tensors(seed)
+            y = y.to("meta")
+            p = p.to("meta") if elsewhere == "p and y" else p
+            with session.step("cond") as step:
+                assert not step.needs_probe
+                if parks:
+                    step.resume(x, p)
+                seen.append(step.record(y) if parks else step.record(x, p, y))
+            assert seen[-1] is y
+    assert len(told) == 1
+    assert actions(session) == "CCCC"
+
+
+def test_a_computed_step_is_not_captured(monkeypatch):
+    """A graph would write into the same entry at each replay."""
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    drive(session, 1)
+    monkeypatch.setattr(trajectory, "_is_captured", lambda tensor: True)
+    x, p, y = tensors(1)
+    for end in (lambda step: step.resume(x, p), lambda step: step.record(x, p, y)):
+        with session.step("cond") as step:
+            if step.needs_probe:
+                step.probe(x, p)
+            with pytest.raises(RuntimeError, match="captured into a CUDA graph"):
+                end(step)

@@ -292,18 +292,20 @@ class Step:
         """
         if self.is_done:
             raise RuntimeError("This step ended already. Open the next one with `session.step`.")
-        tokens = x if y is None else y
-        if self._visit.is_kept:
+        tokens, is_kept = x if y is None else y, self._visit.is_kept
+        if is_kept:
             given = None if p is None or y is None else (x, p)
             trajectory, inputs = self._inputs_of(given)
             self._check_outputs(inputs, tokens)
+            is_kept = self._are_together(inputs, tokens)
+        if is_kept:
             self._note_for_profile(inputs, tokens)
             trajectory.record(inputs, tokens, self.rows)
             self._context.record(tokens)
             if not trajectory.is_counted:
                 _count_memory(self._visit.run)
         self._inputs = None
-        self._finish(self._visit.is_kept)
+        self._finish(is_kept)
         return self._filled_in(tokens)
 
     # --- the decision ---
@@ -529,6 +531,14 @@ class Step:
                 f"order (None: all)."
             )
 
+    def _are_together(self, inputs: Inputs, y: Tensor) -> bool:
+        """Whether the step's tokens are on one device: a model may be spread over several."""
+        found = {each.device for pair in inputs for each in pair} | {y.device}
+        if len(found) > 1:
+            names = ", ".join(sorted(map(str, found)))
+            self._visit.run.warn("devices", _SEVERAL_DEVICES.format(names))
+        return len(found) == 1
+
     def _filled_in(self, y: Tensor) -> Tensor:
         if self.rows is None:
             return y
@@ -623,6 +633,10 @@ _OTHER_ORDER = (
     "the step before, or by a scheduler that evaluates twice a step: such calls are computed. Call "
     "it for the parts of a picture always in the same order, or wrap each part's calls in a "
     "`cache_context` of its own name. A cache that is applied to the pipeline knows its scheduler."
+)
+_SEVERAL_DEVICES = (
+    "The tokens before and behind the blocks are on several devices ({}), and the cache works on "
+    "one, so every step is computed. Put all blocks of the model on one device."
 )
 _NOISE = (
     "The scheduler, or whoever calls the transformer, adds new noise in every step, so that none "

@@ -187,6 +187,7 @@ class Trajectory:
             x, p: [B, ...] tokens before block 0 and after the probe.
             samples: Those that are computed; `None` is all of them.
         """
+        _refuse_capture(x)
         self._dense_copy = None
         self.store.empty()
         inputs = self.split(x, p, samples)
@@ -217,6 +218,7 @@ class Trajectory:
             y: [B, ...] tokens after the last block, of the samples alone.
             samples: As for those.
         """
+        _refuse_capture(y)
         self.store.open(*self._names)
         self._convert_residuals(y.dtype)
         outputs = y.split(1) if self._rules.by_sample else (y,)
@@ -409,6 +411,24 @@ class _Part:
         if _OLDEST in self._views and self.has_entry and not self._has_kept_oldest:
             self._views[_OLDEST].copy_(self._entries[_RESIDUALS][self._older_slot])
             self._has_kept_oldest = True
+
+
+def _refuse_capture(tensor: Tensor) -> None:
+    """See that a computed step is not captured: the host chooses the window's entry anew each time.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured.
+    """
+    if _is_captured(tensor):
+        raise RuntimeError(
+            "A computed step is being captured into a CUDA graph, which would write to the same "
+            "entry of the cache's window whenever it is replayed. Capture the blocks, or a reused "
+            "step, without the calls of resume and record."
+        )
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _dense(tensor: Tensor) -> Tensor:
