@@ -7,16 +7,14 @@ more than the order of summation allows; stored tensors of a backend must be equ
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import workloads
 from torch import Tensor
-from workloads import Case, Size
+from workloads import Case
 
 from dicache import reference
 
-_SLAB = 2**22  # elements of a sample that the reference takes at once
 # Tensors of the hidden states' shape: rounded once by every backend, so equal bit by bit where they
 # follow from the same numbers. y of a whole step is not one of them: its gamma is a sum's.
 _STORED = ("x", "p", "out", "p_prev", "probe_window", "residual_window", "oldest")
@@ -41,8 +39,8 @@ def check_case(case: Case, device: torch.device, seed: int = 1) -> list[dict[str
     if case.implementation == "published":  # other arguments are drawn in another order
         theirs |= {name: mine[name].clone() for name in theirs if name in mine}
         theirs["entry_sums"] = workloads.entry_sums_of(theirs["probe_window"])
-    slabs = ReferenceInSlabs(case.size)
-    expected = case.operation.run(slabs, *(theirs[name] for name in case.operation.arguments))
+    arguments = [theirs[name] for name in case.operation.arguments]
+    expected = case.operation.run(reference, *arguments)
     for name, got, want in zip(case.operation.outputs, outputs, expected, strict=True):
         compare(case, name, got, want)
     if case.implementation == "published":
@@ -51,120 +49,6 @@ def check_case(case: Case, device: torch.device, seed: int = 1) -> list[dict[str
         if name != "workspace":
             compare(case, name, mine[name], theirs[name])
     return [mine, theirs]
-
-
-class ReferenceInSlabs:
-    """The reference on some tokens at a time, for large tensors: its fp32 temporaries stay small.
-
-    Sums of the slabs add up; what comes from `entry_sums` is the same in all of them.
-    """
-
-    finish_probe_statistics = staticmethod(reference.finish_probe_statistics)
-    finish_alignment_statistics = staticmethod(reference.finish_alignment_statistics)
-
-    def __init__(self, size: Size) -> None:
-        _, tokens, width = size.shape
-        step = max(1, _SLAB // width)
-        self._slabs = [slice(first, first + step) for first in range(0, tokens, step)]
-
-    def probe_statistics(
-        self,
-        x: Tensor,
-        p: Tensor,
-        p_prev: Tensor,
-        x_prev: None,
-        probe_window: Tensor,
-        *rest: Any,
-        workspace: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Sums and result."""
-        parts = [
-            reference.probe_statistics(
-                x[:, slab], p[:, slab], p_prev[:, slab], x_prev, probe_window[:, :, slab], *rest
-            )[0]
-            for slab in self._slabs
-        ]
-        sums = _added(parts)
-        return sums, reference.finish_probe_statistics(sums, workloads.LOW, workloads.HIGH)
-
-    def alignment_statistics(
-        self, x: Tensor, p: Tensor, probe_window: Tensor, *rest: Any, workspace: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Sums and result."""
-        parts = [
-            reference.alignment_statistics(x[:, slab], p[:, slab], probe_window[:, :, slab], *rest)[
-                0
-            ]
-            for slab in self._slabs
-        ]
-        sums = _added(parts)
-        return sums, reference.finish_alignment_statistics(sums, workloads.LOW, workloads.HIGH)
-
-    def combine_residuals(
-        self,
-        x: Tensor,
-        residual_window: Tensor,
-        newest: Tensor,
-        gamma: Tensor,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """y."""
-        y = torch.empty_like(residual_window[0]) if out is None else out
-        for slab in self._slabs:
-            y[:, slab] = reference.combine_residuals(
-                x[:, slab], residual_window[:, :, slab], newest, gamma
-            )
-        return y
-
-    def extrapolate_residuals(
-        self,
-        x: Tensor,
-        p: Tensor,
-        residual_window: Tensor,
-        oldest: Tensor,
-        probe_window: Tensor,
-        newest: Tensor,
-        weights: Tensor,
-        out: Tensor,
-    ) -> Tensor:
-        """y."""
-        for slab in self._slabs:
-            windows = (residual_window[:, :, slab], oldest[:, slab], probe_window[:, :, slab])
-            out[:, slab] = reference.extrapolate_residuals(
-                x[:, slab], p[:, slab], *windows, newest, weights
-            )
-        return out
-
-    def record_residuals(
-        self,
-        x: Tensor,
-        p: Tensor,
-        y: Tensor,
-        residual_window: Tensor,
-        probe_window: Tensor,
-        newest: Tensor,
-        entry_sums: Tensor,
-        first: bool,
-        workspace: Tensor,
-    ) -> None:
-        """Windows, newest and entry sums are updated."""
-        parts, turned = [], newest
-        for slab in self._slabs:
-            part, turned = entry_sums.clone(), newest.clone()
-            tokens = (x[:, slab], p[:, slab], y[:, slab])
-            windows = (residual_window[:, :, slab], probe_window[:, :, slab])
-            reference.record_residuals(*tokens, *windows, turned, part, first)
-            parts.append(part)
-        newest.copy_(turned)
-        older = parts[0][:, 3]  # sum|r| of the entry that was the newer one
-        entry_sums.copy_(torch.stack(parts).sum(dim=0))
-        entry_sums[:, 3] = older
-
-
-def _added(parts: list[Tensor]) -> Tensor:
-    sums = torch.stack(parts).sum(dim=0)
-    sums[:, 3:5] = parts[0][:, 3:5]  # from entry_sums, in both kinds of statistics
-    return sums
 
 
 def compare(case: Case, name: str, got: Tensor, want: Tensor) -> None:

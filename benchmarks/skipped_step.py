@@ -1,45 +1,43 @@
 """Where the host time of a skipped step goes, part by part, beside diffusers' FirstBlockCache.
 
-    python benchmarks/skipped_step.py --out DIR [--rounds N]
+    python benchmarks/skipped_step.py [--rounds N]
 
-The model is that of bench_host.py: FLUX.1's 57 blocks at tiny width on one thread, so that what is
-left is Python, hooks and dispatch. The functions of a step are wrapped from outside with time
+A Flux of FLUX.1's 57 blocks and tiny width on one thread: the tensors take next to no time, so what
+is left is Python, hooks and dispatch. The functions of a step are wrapped from outside with time
 stamps; every nanosecond between the first stamp and the last belongs to one part, so the parts of a
 step sum to the step. The model with its first block alone gets the stamps that apply to it. Beside
 these run both without stamps, and the model with FirstBlockCache. All take turns, and the fastest
-step of each counts. A round makes new models: where a model lies in memory changes its times by a
-few percent.
+step of each counts, because other programs only ever add time. A round makes new models: where a
+model lies in memory changes its times by a few percent.
 
-Prints tables, the last one with the bytes that a skipped step moves on a GPU (arithmetic), and
-writes skipped_step.png. Needs diffusers, pytest and matplotlib, and a minute of a quiet machine.
+Prints tables. Needs diffusers, and a minute of a quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import bench_host
 import diffusers
 import torch
-import workloads
 from diffusers import FirstBlockCacheConfig
 from torch import nn
 
-from dicache import RunStats, apply_dicache, get_stats, ops
+from dicache import DiCacheConfig, RunStats, apply_dicache, get_stats, ops
 from dicache.adapters.diffusers.attach import cache_on
+from dicache.cli.info import processor, versions
 from dicache.core.readback import Readback
 
 STEPS, WARM_UP = 60, 5
+SKIPS = DiCacheConfig(threshold=math.inf, retention_ratio=0, compute_last_step=False)
 ROUNDS, TURNS = 12, 4
 # In order of time, and what each part is of. cache_context is there before and after the call.
 PARTS = {
@@ -60,7 +58,6 @@ PARTS = {
 }
 DICACHE, FIRST_BLOCK, PROBE_ALONE = "dicache", "FirstBlockCache", "probe alone"
 STAMPED, STAMPED_ALONE = "dicache with time stamps", "probe alone with time stamps"
-COPY_RATE = 4.3e12  # bytes a second of a device-to-device copy on an H200
 
 Parts = dict[str, int]
 
@@ -78,11 +75,6 @@ class Measurement:
     parts: Parts
     alone: Parts
     totals: dict[str, int]
-
-    def added(self, *owners: str) -> Parts:
-        """What dicache adds to each part of these owners."""
-        names = [name for name, owner in PARTS.items() if owner in owners]
-        return {name: self.parts[name] - self.alone[name] for name in names}
 
     def above_probe(self, name: str) -> int:
         """What a model takes longer than the one with its first block alone."""
@@ -130,12 +122,41 @@ class TimeStamps:
 # --- Models --------------------------------------------------------------------------------------
 
 
+def make_model() -> Any:
+    """FLUX.1's 57 blocks at width 8."""
+    torch.manual_seed(0)
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 2, 2),
+    ).eval()
+
+
+def make_inputs() -> dict[str, Any]:
+    """One call's arguments but for the timestep; the text embedding stays the same object."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(1, 16, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 4, 8, generator=generator),
+        "pooled_projections": torch.randn(1, 8, generator=generator),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(4, 3),
+        "return_dict": False,
+    }
+
+
 def make_models(stamps: TimeStamps) -> dict[str, Any]:
     """A model of each kind; two of them end the parts of `stamps`."""
     names = (STAMPED, DICACHE, FIRST_BLOCK, PROBE_ALONE, STAMPED_ALONE)
-    models = {name: bench_host.make_model() for name in names}
+    models = {name: make_model() for name in names}
     for name in (STAMPED, DICACHE):
-        apply_dicache(models[name], bench_host._SKIPS)
+        apply_dicache(models[name], SKIPS)
     models[FIRST_BLOCK].enable_cache(FirstBlockCacheConfig(threshold=1e9))
     for name in (PROBE_ALONE, STAMPED_ALONE):
         models[name].transformer_blocks = models[name].transformer_blocks[:1]
@@ -207,9 +228,21 @@ def run_with_stamps(
     return found[WARM_UP:]
 
 
+def run_plain(model: Any, inputs: dict[str, Any]) -> list[float]:
+    """Seconds of every step of one run but for the first ones, which compute."""
+    seconds = []
+    for step in range(STEPS):
+        timestep = torch.tensor([1.0 - step / 200])
+        start = time.perf_counter()
+        with model.cache_context("cond"):
+            model(timestep=timestep, **inputs)
+        seconds.append(time.perf_counter() - start)
+    return seconds[WARM_UP:]
+
+
 def measure(rounds: int) -> Measurement:
     """The fastest steps of `rounds` sets of models."""
-    stamps, inputs = TimeStamps(), bench_host.make_inputs()
+    stamps, inputs = TimeStamps(), make_inputs()
     steps: dict[str, list[tuple[int, Parts]]] = {STAMPED: [], STAMPED_ALONE: []}
     seconds: dict[str, list[float]] = {DICACHE: [], FIRST_BLOCK: [], PROBE_ALONE: []}
     for _ in range(rounds):
@@ -222,7 +255,7 @@ def measure(rounds: int) -> Measurement:
                 with patches:
                     found += run_with_stamps(models[name], inputs, stamps)
             for name, times in seconds.items():
-                times += bench_host.run(models[name], inputs)
+                times += run_plain(models[name], inputs)
         for name in (STAMPED, DICACHE):
             stats = get_stats(models[name])
             assert isinstance(stats, RunStats) and stats.num_reused == STEPS - 1
@@ -232,25 +265,14 @@ def measure(rounds: int) -> Measurement:
     return Measurement(fastest[STAMPED][1], fastest[STAMPED_ALONE][1], totals)
 
 
-# --- Tables and picture --------------------------------------------------------------------------
+# --- Tables -------------------------------------------------------------------------------------
 
 
 def environment() -> str:
     """Hardware and versions, in a line."""
-    return (
-        f"{processor()}, one thread of {os.cpu_count()}; python {platform.python_version()}, "
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    )
-
-
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    found = versions()
+    told = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "diffusers"))
+    return f"{processor()}, one thread of {os.cpu_count()}; {told}"
 
 
 def table(found: Measurement) -> str:
@@ -269,69 +291,6 @@ def table(found: Measurement) -> str:
     return "\n".join(lines)
 
 
-def arithmetic() -> str:
-    """Milliseconds that a skipped step's bytes take at the rate of a copy; nothing is measured."""
-    combine = sum(ops.MEMORY_PASSES["combine_residuals"])
-    published = sum(ops.MEMORY_PASSES["probe_statistics"]) + combine
-    passes = {
-        "default": sum(ops.MEMORY_PASSES["alignment_statistics"]) + combine,
-        "published rules": published,
-        "delta_minus": published + 2,  # x_prev is read, and written
-    }
-    lines = [f"| bf16 | a tensor, MB | {' | '.join(f'{n}, {k}' for n, k in passes.items())} "]
-    lines[0] += f"| published sequence, {workloads.PUBLISHED_PASSES} + text |"
-    lines.append("|---|" + "--:|" * (len(passes) + 2))
-    for size in (workloads.FLUX, workloads.WAN, workloads.HUNYUAN_VIDEO):
-        tensor = size.tensor_bytes()
-        text = 2 * size.shape[0] * size.text_tokens * size.shape[2] * torch.bfloat16.itemsize
-        moved = [count * tensor for count in passes.values()]
-        moved.append(workloads.PUBLISHED_PASSES * tensor + text)
-        cells = [f"{num_bytes / COPY_RATE * 1e3:.2f} ms" for num_bytes in moved]
-        lines.append(f"| {size.description} | {tensor / 1e6:.0f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def plot(found: Measurement, path: Path) -> None:
-    """What a cache adds to a step: ours by its parts, FirstBlockCache as a whole."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(10, 4.4), layout="constrained")
-    segments = found.added("pipeline", "cache")
-    segments["embeddings, probe block and head, longer than alone"] = sum(
-        found.added("model").values()
-    )
-    colors = [*plt.get_cmap("tab20").colors[:11], "0.85"]
-    left, labelled = 0.0, 0.04 * found.above_probe(FIRST_BLOCK) / 1e3
-    for color, (name, nanoseconds) in zip(colors, segments.items(), strict=True):
-        width = nanoseconds / 1e3
-        label = f"{name}: {width:.1f}"
-        bar = axis.barh("dicache,\nby parts", width, 0.6, left, color=color, label=label)
-        if width > labelled:
-            axis.bar_label(bar, [f"{width:.0f}"], label_type="center")
-        left += width
-    for name, label in (
-        (DICACHE, "dicache,\nno stamps"),
-        (FIRST_BLOCK, "diffusers\n" + FIRST_BLOCK),
-    ):
-        width = found.above_probe(name) / 1e3
-        bar = axis.barh(label, width, 0.6, color="0.6")
-        axis.bar_label(bar, [f"{width:.0f}"], label_type="center")
-    axis.invert_yaxis()
-    alone = found.totals[PROBE_ALONE] / 1e3
-    axis.set_xlabel(f"us above the model with its first block alone, which takes {alone:.0f} us")
-    axis.set_title(
-        f"Host time that a cache adds to a skipped step: 57-block Flux of tiny width\n"
-        f"{environment()}",
-        fontsize=10,
-    )
-    figure.legend(loc="outside lower center", ncols=3, fontsize=9, title="parts, us")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def _us(nanoseconds: int) -> str:
     return f"{nanoseconds / 1e3:.1f}"
 
@@ -339,18 +298,14 @@ def _us(nanoseconds: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for skipped_step.png")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of 60 steps a model")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.no_grad():
         found = measure(options.rounds)
     torch.set_num_threads(threads)
-    print(f"{environment()}; {options.rounds} rounds\n\n{table(found)}\n")
-    print(f"Arithmetic, not measured: bytes at {COPY_RATE / 1e12} TB/s.\n\n{arithmetic()}")
-    plot(found, options.out / "skipped_step.png")
+    print(f"{environment()}; {options.rounds} rounds\n\n{table(found)}")
 
 
 if __name__ == "__main__":

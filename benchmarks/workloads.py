@@ -90,39 +90,21 @@ class Case:
 # --- Operations ----------------------------------------------------------------------------------
 
 
-def _probe_statistics(
-    backend: Any,
-    x: Tensor,
-    p: Tensor,
-    p_prev: Tensor,
-    probe_window: Tensor,
-    newest: Tensor,
-    entry_sums: Tensor,
-    workspace: Tensor,
-) -> tuple[Tensor, ...]:
+def _probe_statistics(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    x, p, p_prev, probe_window, newest, entry_sums, workspace = tensors
     return backend.probe_statistics(
         x, p, p_prev, None, probe_window, newest, entry_sums, LOW, HIGH, workspace=workspace
     )
 
 
-def _alignment_statistics(
-    backend: Any,
-    x: Tensor,
-    p: Tensor,
-    probe_window: Tensor,
-    newest: Tensor,
-    entry_sums: Tensor,
-    workspace: Tensor,
-) -> tuple[Tensor, ...]:
-    return backend.alignment_statistics(
-        x, p, probe_window, newest, entry_sums, LOW, HIGH, workspace=workspace
-    )
+def _alignment_statistics(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    *tensors, workspace = tensors
+    return backend.alignment_statistics(*tensors, LOW, HIGH, workspace=workspace)
 
 
-def _combine_residuals(
-    backend: Any, x: Tensor, residual_window: Tensor, newest: Tensor, gamma: Tensor, out: Tensor
-) -> tuple[Tensor, ...]:
-    return (backend.combine_residuals(x, residual_window, newest, gamma, out=out),)
+def _combine_residuals(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    *tensors, out = tensors
+    return (backend.combine_residuals(*tensors, out=out),)
 
 
 def _extrapolate_residuals(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -136,43 +118,16 @@ def _record_residuals(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     return ()
 
 
-def _finish_probe_statistics(backend: Any, probe_sums: Tensor) -> tuple[Tensor, ...]:
-    return (backend.finish_probe_statistics(probe_sums, LOW, HIGH),)
+def _skipped_step(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    x, p, p_prev, probe_window, residual_window, *rest = tensors
+    _, result = _probe_statistics(backend, x, p, p_prev, probe_window, *rest)
+    return _reuse(backend, result, x, residual_window, rest[0])
 
 
-def _finish_alignment_statistics(backend: Any, alignment_sums: Tensor) -> tuple[Tensor, ...]:
-    return (backend.finish_alignment_statistics(alignment_sums, LOW, HIGH),)
-
-
-def _skipped_step(
-    backend: Any,
-    x: Tensor,
-    p: Tensor,
-    p_prev: Tensor,
-    probe_window: Tensor,
-    residual_window: Tensor,
-    newest: Tensor,
-    entry_sums: Tensor,
-    workspace: Tensor,
-) -> tuple[Tensor, ...]:
-    _, result = _probe_statistics(
-        backend, x, p, p_prev, probe_window, newest, entry_sums, workspace
-    )
-    return _reuse(backend, result, x, residual_window, newest)
-
-
-def _skipped_step_default(
-    backend: Any,
-    x: Tensor,
-    p: Tensor,
-    probe_window: Tensor,
-    residual_window: Tensor,
-    newest: Tensor,
-    entry_sums: Tensor,
-    workspace: Tensor,
-) -> tuple[Tensor, ...]:
-    _, result = _alignment_statistics(backend, x, p, probe_window, newest, entry_sums, workspace)
-    return _reuse(backend, result, x, residual_window, newest)
+def _skipped_step_default(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    x, p, probe_window, residual_window, *rest = tensors
+    _, result = _alignment_statistics(backend, x, p, probe_window, *rest)
+    return _reuse(backend, result, x, residual_window, rest[0])
 
 
 def _reuse(
@@ -214,7 +169,7 @@ def published_step(
 def _operator(
     name: str, arguments: str, outputs: str, run: Callable[..., tuple[Tensor, ...]]
 ) -> Operation:
-    passes = sum(ops.MEMORY_PASSES.get(name, (0, 0)))
+    passes = sum(ops.MEMORY_PASSES[name])
     return Operation(name, tuple(arguments.split()), tuple(outputs.split()), passes, 1, run)
 
 
@@ -244,10 +199,6 @@ _OPERATIONS = (
         "x p y residual_window probe_window newest entry_sums workspace",
         "",
         _record_residuals,
-    ),
-    _operator("finish_probe_statistics", "probe_sums", "result", _finish_probe_statistics),
-    _operator(
-        "finish_alignment_statistics", "alignment_sums", "result", _finish_alignment_statistics
     ),
     # The published rules, which `published_step` does too, and the rules of DiCacheConfig().
     _step("skipped_step", "probe_statistics", f"x p p_prev {_BOTH_WINDOWS}", _skipped_step),
@@ -294,15 +245,8 @@ def cases(
             for implementation in everything:
                 if implementations is not None and implementation not in implementations:
                     continue
-                if _applies(operation, implementation, size):
+                if implementation != "published" or operation.name == "skipped_step":
                     yield Case(operation, implementation, size)
-
-
-def _applies(operation: Operation, implementation: str, size: Size) -> bool:
-    if operation.passes == 0:  # its few numbers are the same at every size
-        is_small = math.prod(size.shape) <= 10 * math.prod(SMALL.shape)
-        return is_small and implementation not in ("published", "torch.compile")
-    return implementation != "published" or operation.name == "skipped_step"
 
 
 def bind(case: Case, tensors: dict[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
@@ -388,8 +332,6 @@ def make_named_tensors(
         "gamma": lambda: torch.full((batch,), 1.1, device=device),
         "weights": lambda: torch.tensor([0.3, -0.2, 0.6], device=device).expand(batch, 3),
         "newest": lambda: torch.ones(batch, dtype=torch.int32, device=device),
-        "probe_sums": lambda: torch.rand(batch, 5, generator=generator).to(device) + 0.5,
-        "alignment_sums": lambda: _alignment_sums(batch, generator).to(device),
     }
     tensors = {name: makers[name]() for name in names if name in makers}
     if "entry_sums" in names:
@@ -417,18 +359,12 @@ def entry_sums_of(probe_window: Tensor) -> Tensor:
     return torch.stack([d.abs().sum(1), d.square().sum(1), finite, finite], dim=1)
 
 
-def _alignment_sums(batch: int, generator: torch.Generator) -> Tensor:
-    values = torch.rand(batch, 6, generator=generator) + 0.5
-    values[:, 0] += 4  # <a, a>: no misfit below zero
-    return values
-
-
 def num_sets(case_bytes: int, device: torch.device) -> int:
     """Sets of tensors to rotate over: more than four times the last cache, two at least.
 
     At most 32, so a small size does stay in the cache: what it shows is the cost of a launch.
     """
-    return min(32, max(2, math.ceil(4 * cache_bytes(device) / max(case_bytes, 1))))
+    return min(32, max(2, math.ceil(4 * cache_bytes(device) / case_bytes)))
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+import scale
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def scale() -> Iterator[Any]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import scale
-
-        yield scale
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-def test_steps_of_flux_on_one_node_by_hand(scale: Any) -> None:
+def test_steps_of_flux_on_one_node_by_hand() -> None:
     """4,608 tokens of width 3,072, 57 blocks, 8 GPUs."""
     flux = scale.MODELS[0]
     # 12 x 3072^2 = 113,246,208 multiplications a token; 4608^2 = 21,233,664 pairs of tokens.
@@ -40,7 +27,7 @@ def test_steps_of_flux_on_one_node_by_hand(scale: Any) -> None:
     assert scale.decision_bytes(batch=2) == 48 + 64  # as tests/test_ranks.py counts
 
 
-def test_a_ring_between_nodes_by_hand(scale: Any) -> None:
+def test_a_ring_between_nodes_by_hand() -> None:
     """FLUX on 64 GPUs has so little arithmetic that it waits for the ring: 7 times keys, values."""
     flux = scale.MODELS[0]
     held = 4608 * 3072 * 2 / 64
@@ -49,5 +36,5 @@ def test_a_ring_between_nodes_by_hand(scale: Any) -> None:
     assert scale.computed_seconds(flux, 64) == pytest.approx(57 * (ring + exchange))
 
 
-def test_the_page_has_the_table_that_is_printed(scale: Any) -> None:
+def test_the_page_has_the_table_that_is_printed() -> None:
     assert scale.table() in (ROOT / "docs" / "several_gpus.md").read_text(encoding="utf-8")

@@ -6,7 +6,6 @@ import datetime
 import functools
 import inspect
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from dicache.demo.pipelines import DEMO_MODELS
 from .errors import InputError, one_line
 from .files import make_folder
 from .generate import find_device, find_dtype, load_pipeline
-from .info import versions
+from .info import processor, versions
 from .prompts import read_prompts
 
 _CALIBRATION_SEEDS = range(9_000_000, 9_000_100)  # the comparison's have nothing to do with them
@@ -169,19 +168,10 @@ def _about(request: Request) -> dict[str, str]:
     return {
         "command": shlex.join(["dicache", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} CPU cores; times are of a machine as it was",
+        "machine": f"{processor()}, {os.cpu_count()} CPU cores; times are of a machine as it was",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "calibration": profile,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
+from pathlib import Path
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -37,6 +38,16 @@ def versions() -> dict[str, str]:
     """Versions of this package, Python, and the packages that change what a run does."""
     found = {"dicache": dicache.__version__, "python": platform.python_version()}
     return found | {name: _version_of(name) for name in _PACKAGES}
+
+
+def processor() -> str:
+    """The CPU's name, or its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def devices() -> dict[str, str]:

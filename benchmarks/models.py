@@ -1,5 +1,5 @@
-"""The models that efficiency.py times: three diffusers pipelines around transformers with random
-weights, at the real sizes for a GPU and tiny for a CPU.
+"""The models that gpu.py times: diffusers pipelines around transformers with random weights, at the
+real sizes for a GPU and tiny for a CPU.
 
 Weights are made where they are used, so twelve billion of them never pass through the CPU. What a
 step costs does not depend on their values, as long as the hidden states stay finite.
@@ -25,7 +25,7 @@ class Model:
     """A pipeline, its transformer, and one call of it.
 
     Attributes:
-        name: Key in `FULL` and `TINY`.
+        name: Key.
         title: Model and size, for the report.
         pipeline: Name of the class in diffusers.
         transformer: Name of the class in diffusers.
@@ -34,7 +34,7 @@ class Model:
         latents: Shape of the noise that a call starts from.
         text: Tokens and width of a prompt's embedding.
         call: Size of the picture or video, and guidance.
-        steps: Numbers of steps of the whole runs.
+        steps: Of a run, if there is time for it.
         contexts: Calls of the transformer in a step.
     """
 
@@ -47,7 +47,7 @@ class Model:
     latents: tuple[int, ...]
     text: tuple[int, int]
     call: Mapping[str, Any]
-    steps: tuple[int, ...]
+    steps: int = 50
     contexts: int = 1
 
 
@@ -110,17 +110,6 @@ def arguments(model: Model, device: torch.device, dtype: torch.dtype) -> dict[st
     return found
 
 
-def vision_latents(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Tensor]:
-    """The latents [C, T, H, W] of a transformer's call: what SeaCache wants to look at."""
-    latents = kwargs["hidden_states"]
-    if latents.ndim == 5:
-        return list(latents)
-    side = round(latents.shape[1] ** 0.5)  # Flux: [B, H W, C], and the pictures here are square
-    return list(latents.unflatten(1, (side, side)).permute(0, 3, 1, 2).unsqueeze(2))
-
-
 def _flow_match(**config: Any) -> Callable[[], Any]:
     return functools.partial(FlowMatchEulerDiscreteScheduler, **config)
 
@@ -151,7 +140,6 @@ FLUX = Model(
     latents=(1, 4096, 64),
     text=(512, 4096),
     call={"height": 1024, "width": 1024, "guidance_scale": 3.5},
-    steps=(50, 30),
 )
 WAN = Model(
     name="wan",
@@ -175,7 +163,6 @@ WAN = Model(
     latents=(1, 16, 21, 60, 104),
     text=(512, 4096),
     call={"height": 480, "width": 832, "num_frames": 81, "guidance_scale": 5.0},
-    steps=(50,),
     contexts=2,
 )
 HUNYUAN_VIDEO = Model(
@@ -196,63 +183,54 @@ HUNYUAN_VIDEO = Model(
     latents=(1, 16, 33, 68, 120),
     text=(256, 4096),
     call={"height": 544, "width": 960, "num_frames": 129, "guidance_scale": 6.0},
-    steps=(50,),
 )
 
-_TINY_HEADS = {"num_attention_heads": 2, "attention_head_dim": 12}
-_TINY_VIDEO = {"height": 64, "width": 64, "num_frames": 9}
+# Sparse VideoGen's size: 33 frames of 45 x 80 tokens.
+HUNYUAN_VIDEO_720P = dataclasses.replace(
+    HUNYUAN_VIDEO,
+    name="hunyuan-video-720p",
+    title="HunyuanVideo, 720x1280, 129 frames",
+    latents=(1, 16, 33, 90, 160),
+    call={**HUNYUAN_VIDEO.call, "height": 720, "width": 1280},
+)
+MODELS = {model.name: model for model in (FLUX, WAN, HUNYUAN_VIDEO, HUNYUAN_VIDEO_720P)}
 
-FULL = {model.name: model for model in (FLUX, WAN, HUNYUAN_VIDEO)}
-TINY = {
-    "flux": dataclasses.replace(
-        FLUX,
-        title="a tiny Flux",
-        config={
-            **FLUX.config,
-            **_TINY_HEADS,
-            "in_channels": 16,
-            "num_layers": 2,
-            "num_single_layers": 3,
-            "joint_attention_dim": 16,
-            "pooled_projection_dim": 16,
-            "axes_dims_rope": (4, 4, 4),
-        },
-        latents=(1, 64, 16),
-        text=(8, 16),
-        call={"height": 128, "width": 128},
-        steps=(10,),
-    ),
-    "wan": dataclasses.replace(
-        WAN,
-        title="a tiny Wan with guidance",
-        config={
-            **_TINY_HEADS,
-            "text_dim": 16,
-            "freq_dim": 16,
-            "ffn_dim": 32,
-            "num_layers": 4,
-            "rope_max_seq_len": 32,
-        },
-        latents=(1, 16, 3, 8, 8),
-        text=(8, 16),
-        call={**_TINY_VIDEO, "guidance_scale": 5.0},
-        steps=(10,),
-    ),
-    "hunyuan-video": dataclasses.replace(
-        HUNYUAN_VIDEO,
-        title="a tiny HunyuanVideo",
-        config={
-            **_TINY_HEADS,
-            "num_layers": 2,
-            "num_single_layers": 3,
-            "num_refiner_layers": 1,
-            "text_embed_dim": 16,
-            "pooled_projection_dim": 16,
-            "rope_axes_dim": (4, 4, 4),
-        },
-        latents=(1, 16, 3, 8, 8),
-        text=(8, 16),
-        call=_TINY_VIDEO,
-        steps=(10,),
-    ),
+_TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "in_channels": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    **dict.fromkeys(("joint_attention_dim", "text_dim", "text_embed_dim"), 16),
+    "pooled_projection_dim": 16,
 }
+_TINY_ROPE: dict[str, dict[str, Any]] = {
+    "FluxTransformer2DModel": {"axes_dims_rope": (4, 4, 4)},
+    "WanTransformer3DModel": {"rope_max_seq_len": 32},
+    "HunyuanVideoTransformer3DModel": {"rope_axes_dim": (4, 4, 4), "num_refiner_layers": 1},
+}
+
+
+def find_model(name: str, dry: bool) -> Model:
+    """By its key: at full size, or tiny."""
+    model = MODELS[name]
+    if not dry:
+        return model
+    config = {key: _TINY.get(key, value) for key, value in model.config.items()}
+    # With fewer tokens than this the text alone were a density of 0.25 in sparse attention.
+    frames, side = (5, 16) if name == "hunyuan-video-720p" else (3, 8)
+    size = {"height": 8 * side, "width": 8 * side, "num_frames": 4 * frames - 3}
+    latents: tuple[int, ...] = (1, 16, frames, side, side)
+    if name == "flux":
+        latents, size = (1, 64, 16), {"height": 128, "width": 128}
+    return dataclasses.replace(
+        model,
+        title=f"{name}, tiny",
+        config=config | _TINY_ROPE[model.transformer],
+        latents=latents,
+        text=(8, 16),
+        call={**model.call, **size},
+        steps=10,
+    )
