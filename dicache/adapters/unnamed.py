@@ -6,20 +6,21 @@ diffusers' kind tells the rest, if there is one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.readback import as_number
 from ..core.where import Where
+from ..driver.call import Locator
 from ..driver.conditions import Conditions
 from ..driver.families import ModelFamily
 from .schedule import NOWHERE, Schedule
 
 
-class UnnamedLocator:
+class UnnamedLocator(Locator):
     """Tells where calls of one model stand.
 
     Args:
@@ -64,16 +65,6 @@ class UnnamedLocator:
             check=place.check,
             is_noisy=place.is_noisy or self._unless_noisy,
         )
-
-    def groups(self) -> Sequence[Any]:
-        """See `driver.call.Locator`."""
-        return ()
-
-    def given(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """See `driver.call.Locator`."""
-        return args, kwargs
 
     def end_call(self) -> None:
         """See `driver.call.Locator`."""

@@ -29,11 +29,13 @@ class Locator(Protocol):
 
         Asked when the cache is applied, and in every branch's first step of a run.
         """
+        return ()
 
     def given(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """Of the arguments of block 0's call what its `forward` gets, if hooks split them."""
+        return args, kwargs
 
     def end_call(self) -> None:
         """The call is over, one way or another."""
