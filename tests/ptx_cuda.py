@@ -11,6 +11,7 @@ import functools
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from ctypes import Structure, c_bool, c_double, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
@@ -41,15 +42,21 @@ def why_not() -> str | None:
     return None
 
 
+def compiled(file: str, architecture: int, source: Path = ROOT / "csrc") -> str:
+    """The PTX of cuda/<file>.cu. ptxas has no part in it, so this takes seconds."""
+    return _compiled(file, architecture, source)
+
+
 @functools.cache
-def compiled(file: str, architecture: int) -> str:
-    """The PTX of csrc/cuda/<file>.cu. ptxas has no part in it, so this takes seconds."""
+def _compiled(file: str, architecture: int, source: Path) -> str:
     command = ["nvcc", "-std=c++20", "-O3", "--fmad=false", "-DUSE_CUDA", "-ptx"]
-    command += [f"-arch=compute_{architecture}", f"-I{ROOT / 'csrc'}", "-o", "/dev/stdout"]
-    command += [f"-I{ROOT / 'csrc' / 'include'}", str(ROOT / "csrc" / "cuda" / f"{file}.cu")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    command += [f"-arch=compute_{architecture}", f"-I{source}", f"-I{source / 'include'}"]
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "kernels.ptx"
+        command += [str(source / "cuda" / f"{file}.cu"), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return target.read_text()
 
 
 def instantiations(file: str) -> list[str]:
@@ -133,7 +140,8 @@ class Cuda:
     seed: int
     resident: int = 4
     weak: bool = True
-    change: Callable[[str], str] = lambda ptx: ptx  # for mutants
+    change: Callable[[str], str] = str  # for mutants
+    source: Path = ROOT / "csrc"
     launched: list[str] = field(default_factory=list)
 
     def probe_statistics(
@@ -282,7 +290,7 @@ class _Call:
 
     def launch(self, file: str, name: str, given: list, blocks: int, threads: int) -> None:
         cuda = self.cuda
-        program = _program(file, name, cuda.architecture, cuda.change)
+        program = _program(file, name, cuda.architecture, cuda.change, cuda.source)
         cuda.launched.append(program.name)
         options = {"resident": cuda.resident, "weak": cuda.weak}
         ptx_machine.launch(program, self.memory, given, (blocks,), threads, cuda.seed, **options)
@@ -290,8 +298,8 @@ class _Call:
 
 
 @functools.cache
-def _program(file: str, name: str, architecture: int, change: Callable[[str], str]):
-    return ptx_machine.parse(change(compiled(file, architecture)), re.escape(name))
+def _program(file, name, architecture, change, source) -> ptx_machine.Program:
+    return ptx_machine.parse(change(compiled(file, architecture, source)), re.escape(name))
 
 
 def _wide(*tensors: Tensor) -> bool:
