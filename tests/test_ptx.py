@@ -36,6 +36,7 @@ DRAWS = settings(
     suppress_health_check=list(HealthCheck),
 )
 SEEDS = st.integers(0, 2**32)
+in_fuzz = pytest.mark.hypothesis  # `make fuzz` runs what has this mark
 
 cuda = pytest.mark.skipif(ptx_cuda.why_not() is not None, reason=str(ptx_cuda.why_not()))
 triton = pytest.mark.skipif(
@@ -106,6 +107,7 @@ def test_cuda(operator: str, kind: str, flags: tuple, architecture: int, seed: i
     ptx_calls.assert_same_bits(found[0], found[-1])
 
 
+@in_fuzz
 @cuda
 @pytest.mark.parametrize("dtype", [FP32, FP64])
 @pytest.mark.parametrize("columns", [5, 6, 7])
@@ -150,6 +152,7 @@ def assert_worked_out(ptx: str) -> None:
         assert group_of(opcode) in known, f"{opcode} has no line in tests/test_ptx_machine.py"
 
 
+@in_fuzz
 @cuda
 @pytest.mark.parametrize("file", FILES)
 def test_every_opcode_was_worked_out_by_hand(file: str) -> None:
@@ -208,6 +211,7 @@ def importlib_triton():
     return ptx_triton
 
 
+@in_fuzz
 @triton
 @pytest.mark.parametrize("columns", [5, 6, 7])
 def test_triton_finish(columns: int) -> None:
@@ -225,6 +229,7 @@ def test_triton_finish(columns: int) -> None:
         torch.testing.assert_close(found[-1], expected[-1], rtol=1e-6, atol=1e-6)
 
 
+@in_fuzz
 @triton
 @pytest.mark.parametrize(("width", "dtype"), [(16, BF16), (12, FP32)])
 def test_triton_moves_tokens(width: int, dtype: torch.dtype) -> None:
@@ -246,6 +251,7 @@ def test_triton_moves_tokens(width: int, dtype: torch.dtype) -> None:
             assert torch.equal(moved, right)
 
 
+@in_fuzz
 @triton
 def test_every_opcode_of_triton_was_worked_out_by_hand() -> None:
     """Of what the tests above have compiled."""
