@@ -540,6 +540,18 @@ def test_a_store_that_many_have_read() -> None:
     )
 
 
+def test_a_store_that_is_ordered_behind_one_reader_and_not_behind_another() -> None:
+    """Block 0 reads and tells block 2, which then stores; block 1 reads and tells nobody."""
+    body = """setp.eq.s32 %p1, %r2, 2; @%p1 bra $writer;
+        ld.global.u32 %r9, [%rd1]; setp.eq.s32 %p2, %r2, 1; @%p2 bra $end;
+        st.release.gpu.global.u32 [%rd2], 1; bra.uni $end;
+        $writer: ld.acquire.gpu.global.u32 %r10, [%rd2]; setp.eq.s32 %p3, %r10, 0;
+        @%p3 bra $writer; st.global.u32 [%rd1], 1; $end:"""
+    assert raced(body, blocks=3, threads=1) == len(SEEDS)
+    alone = body.replace("ld.global", "setp.eq.s32 %p4, %r2, 1; @%p4 bra $end; ld.global", 1)
+    assert raced(alone, blocks=3, threads=1) == 0
+
+
 def test_lanes_of_one_instruction_that_store_to_one_word() -> None:
     """A race in global memory. In shared memory compilers do it, with equal values."""
     assert raced("st.global.u32 [%rd1], 5;") == len(SEEDS)
