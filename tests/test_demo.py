@@ -12,8 +12,8 @@ from PIL import Image
 
 from dicache import DiCacheConfig, RunStats, StepRecord, schedule_plot
 from dicache.demo import pictures, report
-from dicache.demo.metrics import quality
 from dicache.demo.runner import CacheReport, Run, Sample
+from dicache.likeness import quality
 
 RECORDS = [
     StepRecord(0, "compute"),

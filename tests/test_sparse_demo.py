@@ -29,9 +29,9 @@ from dicache import (
 )
 from dicache.cli import main
 from dicache.demo import heads_plot, pictures, sparse
-from dicache.demo.metrics import quality
 from dicache.demo.pipelines import decode, default_prompts, load_pipeline, pipeline_inputs
 from dicache.demo.runner import CacheReport, Run
+from dicache.likeness import quality
 from dicache.sparse_videogen import AttentionRecord, attention
 
 FILES = {"comparison.png", "animation.gif", "schedule.png", "stats.json"}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from .likeness import METRICS
+from dicache.likeness import METRICS
+
 from .report import NOTES, depth_name, rows
 from .results import Result
 from .strip import GAIN

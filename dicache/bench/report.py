@@ -7,7 +7,8 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-from .likeness import METRICS
+from dicache.likeness import METRICS
+
 from .results import Result, Spread, at_cost
 
 NOTES = """\

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from .likeness import METRICS
+from dicache.likeness import METRICS
 
 _NEAR = 0.01  # a cost that is missed by less counts as met
 

@@ -19,8 +19,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from dicache.likeness import likeness
+
 from .counter import BlockCounter, cost_of
-from .likeness import likeness
 from .methods import Method, Task, uncached
 from .results import Point, Result
 from .strip import difference, strip

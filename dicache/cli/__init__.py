@@ -1,4 +1,4 @@
-"""The `dicache` command: `demo`, `generate`, `bench` and `info`.
+"""The `dicache` command: `demo`, `generate`, `tune`, `bench`, `compare` and `info`.
 
 `main` turns whatever the user can put right into one line on stderr and exit code 2; a mistake of
 ours keeps its traceback. Nothing heavy is imported before a command runs.

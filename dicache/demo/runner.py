@@ -27,9 +27,9 @@ from dicache import (
     remove_sparse_videogen,
 )
 from dicache.adapters.diffusers.attach import sessions
-from dicache.demo.metrics import Quality, quality
 from dicache.driver.families import find_family
 from dicache.error_rules import ERROR_RULES
+from dicache.likeness import Quality, quality
 from dicache.schedule_plot import PlotRow
 
 Inputs = Callable[[], dict[str, Any]]

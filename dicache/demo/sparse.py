@@ -12,7 +12,6 @@ from typing import Any
 from rich.table import Table
 
 from dicache import DiCacheConfig, SparseVideoGenConfig, SparseVideoGenStats
-from dicache.demo.metrics import PSNR_CAP, Quality, quality
 from dicache.demo.runner import (
     Decode,
     Inputs,
@@ -22,6 +21,7 @@ from dicache.demo.runner import (
     run_sparse,
     run_uncached,
 )
+from dicache.likeness import PSNR_CAP, Quality, quality
 
 RUNS = ("dense", "sparse", "DiCache", "both")
 NOTE = (
