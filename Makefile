@@ -1,5 +1,5 @@
-# make demo | test | test-comfyui | families | docs | fuzz | check | bench | clean. All but the last set
-# up .venv when it is out of date.
+# make demo | test | test-comfyui | families | docs | fuzz | check | bench | dist | clean. All but the
+# last set up .venv when it is out of date.
 
 PYTHON ?= python3
 # Where torch comes from. Empty is the default package index, whose Linux builds carry CUDA (several
@@ -16,7 +16,7 @@ READY := .venv/.ready
 COMFYUI := .comfyui
 COMFYUI_READY := $(COMFYUI)/.ready
 
-.PHONY: demo test test-comfyui families docs fuzz check bench clean
+.PHONY: demo test test-comfyui families docs fuzz check bench dist clean
 
 demo: $(READY)
 	$(BIN)/dicache demo --out demo-output
@@ -54,6 +54,12 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/pytest benchmarks -o python_files="bench_*.py" --benchmark-only --benchmark-autosave \
 		--benchmark-columns=min,median,iqr,rounds --benchmark-sort=min
+
+# The source distribution, and a wheel built from it for this Python: docs/releasing.md.
+dist: $(READY)
+	rm -rf dist
+	DICACHE_BUILD=0 $(BIN)/python setup.py -q sdist
+	$(PIP) wheel -q --no-deps --no-build-isolation --wheel-dir dist dist/dicache-*.tar.gz
 
 clean:
 	rm -rf build dist site *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
