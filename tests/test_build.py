@@ -208,7 +208,10 @@ def test_a_checkout_without_symbolic_links_is_told_so_instead_of_built(tmp_path)
     """As git leaves it where links are switched off: a file with the target's path in it."""
     assert run_setup(tmp_path, "--version", DICACHE_BUILD="0").returncode == 0
     link = tmp_path / "dicache" / "kernels"
-    link.unlink()
+    if link.is_symlink():
+        link.unlink()
+    else:  # these tests run in a source distribution, which has a folder there
+        shutil.rmtree(link)
     link.write_text("../kernels/triton")
     done = run_setup(tmp_path, "--version", DICACHE_BUILD="0")
     assert done.returncode != 0
