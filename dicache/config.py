@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-from .error_rules import ERROR_RULES
+from .error_rules import ERROR_RULES, ErrorName
 from .profile import Profile
 
 AUTO = "auto"  # a profile that the first run makes
-_ROUNDINGS = ("floor", "nearest", "next", "calls")
-_ALIGNMENTS = ("l1", "least_squares")
-_GRANULARITIES = ("batch", "sample")
-_CFGS = ("independent", "shared")
-_BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
+# What a field may be, for type checkers and for `DiCacheConfig` itself.
+Rounding = Literal["floor", "nearest", "next", "calls"]
+Alignment = Literal["l1", "least_squares"]
+Granularity = Literal["batch", "sample"]
+Cfg = Literal["independent", "shared"]
+Backend = Literal["auto", "reference", "cpp", "cuda", "triton"]
+PresetName = Literal["flux", "flux-delta-minus", "hunyuan-video", "wan2.1"]
 
 
 @dataclass(frozen=True)
@@ -103,19 +105,19 @@ class DiCacheConfig:
     reuse_at_threshold: bool = False
     probe_depth: int = 1
     retention_ratio: float = 0.1
-    retention_rounding: str = "floor"
+    retention_rounding: Rounding = "floor"
     compute_last_step: bool = True
-    error: str = "weighted_alignment"
-    alignment: str = "least_squares"
+    error: ErrorName = "weighted_alignment"
+    alignment: Alignment = "least_squares"
     gamma_range: tuple[float, float | None] = (0.0, 2.0)
     max_consecutive_reuse: int | None = None
     schedule: str | None = None
     num_inference_steps: int | None = None
-    granularity: str = "batch"
-    cfg: str = "shared"
-    backend: str = "auto"
+    granularity: Granularity = "batch"
+    cfg: Cfg = "shared"
+    backend: Backend = "auto"
     cache_dtype: torch.dtype | None = None
-    cache_device: str | None = None
+    cache_device: Literal["cpu"] | None = None
     profile: Profile | str | os.PathLike[str] | None = None
     target_speedup: float | None = None
     target_psnr: float | None = None
@@ -132,12 +134,12 @@ class DiCacheConfig:
         self._check_count("num_inference_steps")
         ratio_ok = _is_number(self.retention_ratio, 0) and self.retention_ratio <= 1
         self._check("retention_ratio", ratio_ok, "a number from 0 to 1")
-        self._check_choice("retention_rounding", _ROUNDINGS)
-        self._check_choice("error", tuple(ERROR_RULES))
-        self._check_choice("alignment", _ALIGNMENTS)
-        self._check_choice("granularity", _GRANULARITIES)
-        self._check_choice("cfg", _CFGS)
-        self._check_choice("backend", _BACKENDS)
+        self._check_choice("retention_rounding", get_args(Rounding))
+        self._check_choice("error", get_args(ErrorName))
+        self._check_choice("alignment", get_args(Alignment))
+        self._check_choice("granularity", get_args(Granularity))
+        self._check_choice("cfg", get_args(Cfg))
+        self._check_choice("backend", get_args(Backend))
         dtypes = (None, torch.bfloat16, torch.float8_e4m3fn)
         expected = "None, torch.bfloat16 or torch.float8_e4m3fn"
         self._check("cache_dtype", self.cache_dtype in dtypes, expected)
@@ -163,7 +165,7 @@ class DiCacheConfig:
         return self  # nothing can change it
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> DiCacheConfig:
+    def preset(cls, name: PresetName, **overrides: Any) -> DiCacheConfig:
         """The published decision rule `name`, with single fields replaced by `overrides`.
 
         Args:
@@ -180,6 +182,14 @@ class DiCacheConfig:
             known = ", ".join(field.name for field in fields(cls))
             raise ValueError(f"Unknown field {unknown[0]!r} for a preset. Expected one of {known}.")
         return cls(**{**_PRESETS[name], **overrides})
+
+    @property
+    def published_as(self) -> PresetName | None:
+        """The preset all of whose rules, threshold included, are these; `None`: there is none."""
+        for name, rules in _PRESETS.items():
+            if all(getattr(self, field) == value for field, value in rules.items()):
+                return name
+        return None
 
     def retained_steps(self, num_inference_steps: int, follows: bool = False) -> int:
         """Number of leading steps that are always computed in a run of `num_inference_steps`.
@@ -291,7 +301,7 @@ _PUBLISHED: dict[str, Any] = {
     "compute_last_step": False,
 }
 
-_PRESETS: dict[str, dict[str, Any]] = {
+_PRESETS: dict[PresetName, dict[str, Any]] = {
     "flux": {
         **_PUBLISHED,
         "threshold": 0.4,

@@ -8,6 +8,9 @@ one is an operator and a row here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+ErrorName = Literal["delta_y", "delta_minus", "alignment", "weighted_alignment"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class ErrorRule:
         buffers: What is kept beside the windows of both residuals, by the names of `core.store`.
     """
 
-    name: str
+    name: ErrorName
     text: str
     verifies_alignment: bool
     relative_to_probe: bool = False
@@ -33,7 +36,7 @@ class ErrorRule:
     buffers: tuple[str, ...] = ()
 
 
-ERROR_RULES = {
+ERROR_RULES: dict[ErrorName, ErrorRule] = {
     rule.name: rule
     for rule in (
         ErrorRule(

@@ -9,12 +9,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import tiny_models
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan, FluxPipeline, WanPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    ChromaPipeline,
+    CogVideoXPipeline,
+    FluxPipeline,
+    HunyuanVideoPipeline,
+    WanPipeline,
+)
+from tiny_pipelines import scheduler
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -76,12 +90,91 @@ def save_wan(folder: Path) -> Path:
     return folder
 
 
-def _image_vae() -> AutoencoderKL:
+def save_hunyuan_video(folder: Path) -> Path:
+    """A HunyuanVideoPipeline; its VAE halves all three."""
+    torch.manual_seed(0)
+    demo, tokenizer = load_pipeline("hunyuan-video"), _clip_tokenizer()
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=_LATENT_CHANNELS,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 2,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        spatial_compression_ratio=2,
+        temporal_compression_ratio=4,
+        mid_block_add_attention=False,
+    )
+    llama = LlamaConfig(
+        vocab_size=_T5["vocab_size"],
+        hidden_size=TEXT_DIM,
+        intermediate_size=32,
+        num_hidden_layers=3,  # the pipeline takes the last but two
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    pipe = HunyuanVideoPipeline(
+        transformer=demo.transformer,
+        scheduler=demo.scheduler,
+        vae=vae,
+        text_encoder=LlamaModel(llama),
+        # The pipeline cuts 95 tokens off the front, and its template has fewer words.
+        tokenizer=_t5_tokenizer(padding_side="left"),
+        text_encoder_2=_clip_encoder(tokenizer),
+        tokenizer_2=tokenizer,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def save_chroma(folder: Path) -> Path:
+    """A ChromaPipeline, with a transformer of random weights; its VAE halves height and width."""
+    torch.manual_seed(0)
+    pipe = ChromaPipeline(
+        transformer=tiny_models.build("chroma"),
+        scheduler=scheduler("chroma"),
+        vae=_image_vae(4),
+        text_encoder=_tiny_t5(),
+        tokenizer=_t5_tokenizer(),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def save_cogvideox(folder: Path) -> Path:
+    """A CogVideoXPipeline, with a transformer of random weights; its VAE halves all three."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 2,
+        up_block_types=("CogVideoXUpBlock3D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        temporal_compression_ratio=2,
+    )
+    pipe = CogVideoXPipeline(
+        transformer=tiny_models.build("cogvideox", max_text_seq_length=226),  # the call's default
+        scheduler=scheduler("cogvideox"),
+        vae=vae,
+        text_encoder=_tiny_t5(),
+        tokenizer=_t5_tokenizer(),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def _tiny_t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(**{**_T5, "d_model": tiny_models.TEXT_WIDTH}))
+
+
+def _image_vae(channels: int = _LATENT_CHANNELS) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=_LATENT_CHANNELS,
+        latent_channels=channels,
         norm_num_groups=4,
         scaling_factor=1.0,
         shift_factor=0.0,
@@ -101,7 +194,7 @@ def _clip_encoder(tokenizer: Any) -> CLIPTextModel:
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=32,
+        max_position_embeddings=77,  # what HunyuanVideo pads to
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -109,7 +202,7 @@ def _clip_encoder(tokenizer: Any) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def _t5_tokenizer() -> T5TokenizerFast:
+def _t5_tokenizer(**options: Any) -> T5TokenizerFast:
     words = [("▁" + word, -1.0) for word in VOCABULARY]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
-    return T5TokenizerFast(vocab=special + words, extra_ids=0)
+    return T5TokenizerFast(vocab=special + words, extra_ids=0, **options)

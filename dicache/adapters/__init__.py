@@ -127,7 +127,7 @@ def _adapter_of(thing: Any) -> Any:
         raise ValueError(
             f"DiCache finds no model of the original HunyuanVideo or Wan code, or of a serving "
             f"engine, in this {type(thing).__name__}, and for diffusers' own it needs diffusers "
-            f"0.42 or newer ({error})."
+            f"0.42 or newer ({error}): pip install 'diffusers>=0.42' transformers accelerate"
         ) from error
     return for_diffusers
 

@@ -221,7 +221,7 @@ def _rules(fields: dict[str, Any], task: Task, threshold: float) -> DiCacheConfi
 
 
 def _preset(name: str, fields: dict[str, Any], task: Task, threshold: float) -> DiCacheConfig:
-    return DiCacheConfig.preset(name, threshold=threshold, **fields)
+    return DiCacheConfig.preset(name, threshold=threshold, **fields)  # type: ignore[arg-type]
 
 
 def _weights(lesson: Lesson, task: Task, threshold: float) -> DiCacheConfig:

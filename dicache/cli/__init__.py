@@ -6,6 +6,7 @@ ours keeps its traceback. Nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .errors import InputError, extra_hint, plain_warnings
 
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal gets "?" for what it lacks
     try:
         from .app import run
     except ModuleNotFoundError as error:

@@ -83,7 +83,9 @@ def run(arguments: Sequence[str]) -> int:
         result = app(list(arguments), prog_name="dicache", standalone_mode=False)
     except _UsageError as error:
         message = one_line(error.format_message())  # type: ignore[attr-defined]
-        raise InputError(f"{message} (see dicache --help)") from error
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "dicache"
+        raise InputError(f"{message} (see {command} --help)") from error
     return result if isinstance(result, int) else 0
 
 

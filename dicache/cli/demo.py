@@ -51,7 +51,7 @@ from dicache.demo.sparse import (
 from dicache.schedule_plot import save_schedule_plot
 
 from .errors import InputError, note
-from .files import make_folder
+from .files import make_folder, write_results
 from .info import versions
 from .rules import make_config, make_sparse_config
 
@@ -106,19 +106,26 @@ def run_demo(
         for name in names:
             tick = _ticker(progress, task, name)
             count = steps or PROFILE_STEPS[name]
-            done.append(_run_model(name, count, seed, configs[name], rules, folders[name], tick))
+            done.append(_run_model(name, count, seed, configs[name], rules, tick))
     _print_results(done)
-    for folder in folders.values():
-        found = ", ".join(sorted(path.name for path in folder.iterdir()))
-        Console().print(f"{folder}: {found}", soft_wrap=True, highlight=False, markup=False)
+    for name, result in zip(names, done, strict=True):
+        files = ", ".join(write_results(folders[name], result.write))
+        line = f"{folders[name]}: {files}"
+        Console().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 @dataclass(frozen=True)
 class _Result:
-    """What is told of one model; `four_runs` of those that were also drawn sparsely."""
+    """What is told of one model.
+
+    Attributes:
+        four_runs: Of those that were also drawn sparsely.
+        write: Writes its files into a folder.
+    """
 
     summary: Summary
     four_runs: list[FourRuns]
+    write: Callable[[Path], None]
 
 
 def _run_model(
@@ -127,10 +134,9 @@ def _run_model(
     seed: int,
     config: DiCacheConfig,
     rules: SparseVideoGenConfig | None,
-    folder: Path,
     tick: Callable[[str, int], None],
 ) -> _Result:
-    """Draw with one model, and write its files."""
+    """Draw with one model."""
     tick("loading", 0)
     trained = name if rules is None else LONG_MODELS[name]
     pipe = load_pipeline(trained)
@@ -144,11 +150,14 @@ def _run_model(
         fours = _draw_four_runs(pipe, calls, config, rules, tick)
         samples = [each.cached for each in fours]
         extra["sparse"] = sparse_to_dict(rules, fours)
-        _write_sparse_files(folder, trained, title, fours)
     summary = summarize(trained, samples)
-    tick("writing files", 0)
-    _write_files(folder, title, samples, summary, extra)
-    return _Result(summary, fours)
+
+    def write(folder: Path) -> None:
+        if fours:
+            _write_sparse_files(folder, trained, title, fours)
+        _write_files(folder, title, samples, summary, extra)
+
+    return _Result(summary, fours, write)
 
 
 def _print_results(results: list[_Result]) -> None:

@@ -56,12 +56,15 @@ def extra_hint(error: ModuleNotFoundError) -> str:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Print warnings of this package as one line, without file and source line."""
+    """Print warnings of this package as one line, once, without file and source line."""
     usual = warnings.showwarning
+    told = set()
 
     def show(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
         if issubclass(category, DiCacheWarning):
-            print(f"dicache: warning: {one_line(str(message))}", file=sys.stderr)
+            if str(message) not in told:  # a command puts the cache on several times
+                note(one_line(str(message)))
+            told.add(str(message))
         else:
             usual(message, category, *place, **options)
 

@@ -52,7 +52,7 @@ from dicache.demo.sparse import (
 from dicache.schedule_plot import save_schedule_plot
 
 from .errors import InputError, note, one_line
-from .files import make_folder
+from .files import make_folder, write_results
 from .info import devices, versions
 from .rules import make_config, make_sparse_config
 
@@ -108,9 +108,13 @@ def run_generate(request: Request) -> None:
         sample, four = _draw(pipe, request, arguments, config, sparse)
     name = type(pipe).__name__
     summary = summarize(name, [sample])
-    written = _write_pictures(folder, name, sample, four)
-    title = f"DiCache in {name}: {_shorten(request.prompt)}, seed {request.seed}"
-    save_schedule_plot(folder / "schedule.png", title, sample.cached.plot_rows())
+    console = Console()
+    console.print(comparison_table([summary]))
+    if four is not None:
+        console.print(sparse_table(name, [four]))
+        console.print(f"{NOTE} {margin_text([four])}", style="dim", highlight=False)
+    elif sparse is not None:
+        console.print(f"attention density {density(sample.cached):.3f}", highlight=False)
     data = {
         "model": request.model,
         "pipeline": name,
@@ -121,20 +125,25 @@ def run_generate(request: Request) -> None:
         "summary": summary_to_dict(summary),
         **sample_to_dict(sample),
     }
+    sparse_run = None
     if sparse is not None:
-        written += _write_heads(folder, name, four.runs["sparse"] if four else sample.cached)
+        sparse_run = four.runs["sparse"] if four else sample.cached
         data["density"] = density(sample.cached)
         if four is not None:
             data["sparse"] = sparse_to_dict(sparse, [four])
-    write_json(folder / "stats.json", data)
-    console = Console()
-    console.print(comparison_table([summary]))
-    if four is not None:
-        console.print(sparse_table(name, [four]))
-        console.print(f"{NOTE} {margin_text([four])}", style="dim", highlight=False)
-    elif sparse is not None:
-        console.print(f"attention density {density(sample.cached):.3f}", highlight=False)
-    files = ", ".join([*written, "schedule.png", "stats.json"])
+        if not temporal_shares([sparse_run]):
+            note("all steps were dense, so there is no map of the heads; use more --steps")
+            sparse_run = None
+
+    def write(folder: Path) -> None:
+        _write_pictures(folder, name, sample, four)
+        title = f"DiCache in {name}: {_shorten(request.prompt)}, seed {request.seed}"
+        save_schedule_plot(folder / "schedule.png", title, sample.cached.plot_rows())
+        if sparse_run is not None:
+            save_heads_plot(folder / "heads.png", f"Heads of {name}", [sparse_run])
+        write_json(folder / "stats.json", data)
+
+    files = ", ".join(write_results(folder, write))
     console.print(f"{folder}: {files}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -309,38 +318,24 @@ def first_pictures(output: Any) -> Tensor:
     raise InputError(f"this pipeline returns a {type(output).__name__} without pictures or videos")
 
 
-def _write_pictures(
-    folder: Path, pipeline: str, sample: Sample, four: FourRuns | None
-) -> list[str]:
-    """Write picture or video of every run, and all side by side; returns the files' names."""
-    written = [write_output(folder, "output", sample.cached.pictures)]
+def _write_pictures(folder: Path, pipeline: str, sample: Sample, four: FourRuns | None) -> None:
+    """Write picture or video of every run, and all side by side."""
+    write_output(folder, "output", sample.cached.pictures)
     if sample.uncached is None:
-        return written
-    written.append(write_output(folder, "uncached", sample.uncached.pictures))
+        return
+    write_output(folder, "uncached", sample.uncached.pictures)
     title = f"{pipeline}, seed {sample.seed}"
     if four is not None:
         for name in ("sparse", "DiCache"):
-            written.append(write_output(folder, name.lower(), four.runs[name].pictures))
+            write_output(folder, name.lower(), four.runs[name].pictures)
         sheet, frames = four_runs_sheet(title, [four]), four_runs_animation(title, [four])
     else:
         is_video = sample.cached.pictures.ndim == 4
         sheet = comparison_sheet(title, [sample])
         frames = comparison_animation(title, [sample]) if is_video else []
     sheet.save(folder / "comparison.png")
-    written.append("comparison.png")
     if frames:
         save_animation(folder / "animation.gif", frames, round(1000 / VIDEO_FPS))
-        written.append("animation.gif")
-    return written
-
-
-def _write_heads(folder: Path, pipeline: str, run: Run) -> list[str]:
-    """Write the head map, unless all steps were dense."""
-    if not temporal_shares([run]):
-        note("all steps were dense, so there is no map of the heads; use more --steps")
-        return []
-    save_heads_plot(folder / "heads.png", f"Heads of {pipeline}", [run])
-    return ["heads.png"]
 
 
 def write_output(folder: Path, stem: str, pictures: Tensor) -> str:

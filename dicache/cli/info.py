@@ -96,7 +96,7 @@ def _version_of(package: str) -> str:
 
 
 def _table(title: str) -> Table:
-    """Narrow enough for the longest class name on 80 characters."""
+    """Narrow enough for the longest class name on 80 characters; on fewer, names are folded."""
     table = Table(title=f"\n{title}", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.title_justify, table.title_style, table.header_style = "left", "bold", "dim"
     return table
@@ -104,8 +104,8 @@ def _table(title: str) -> Table:
 
 def _two_columns(title: str, first: str, second: str, rows: dict[str, str]) -> Table:
     table = _table(title)
-    table.add_column(first, no_wrap=True)
-    table.add_column(second)
+    table.add_column(first, overflow="fold")
+    table.add_column(second, overflow="fold")
     for name, value in rows.items():
         table.add_row(escape(name), escape(value))
     return table
@@ -113,8 +113,8 @@ def _two_columns(title: str, first: str, second: str, rows: dict[str, str]) -> T
 
 def _families_table() -> Table:
     table = _table("supported model families")
-    table.add_column("family", no_wrap=True)
-    table.add_column("transformer", no_wrap=True)
+    table.add_column("family", overflow="fold")
+    table.add_column("transformer", overflow="fold")
     table.add_column("threshold", justify="right")
     for family in supported_families():
         table.add_row(

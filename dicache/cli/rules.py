@@ -33,7 +33,7 @@ def make_config(
     try:
         if preset is None:
             return DiCacheConfig(**given)  # type: ignore[arg-type]
-        return DiCacheConfig.preset(preset, **given)
+        return DiCacheConfig.preset(preset, **given)  # type: ignore[arg-type]
     except OSError as error:
         raise InputError(f"--profile {profile} cannot be read: {one_line(error)}") from error
     except ValueError as error:

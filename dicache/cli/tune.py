@@ -20,6 +20,7 @@ from dicache.profiling import expect
 
 from .demo import progress_bar
 from .errors import InputError, one_line
+from .files import write_elsewhere
 from .generate import (
     Request,
     check_arguments,
@@ -79,11 +80,16 @@ def run_tune(request: Request, prompts: Path | None, samples: int, gains: int, o
             )
         except ValueError as error:
             raise InputError(one_line(error)) from error
-    profile.save(out)
     console = Console()
     console.print(curve_table(profile))
     if targets:
         console.print(_target_line(profile, targets), highlight=False)
+    try:
+        profile.save(out)
+    except OSError as error:
+        elsewhere = write_elsewhere(lambda folder: profile.save(folder / out.name))
+        reason = f"--out {out} cannot be written: {one_line(error)}"
+        raise InputError(f"{reason}; {elsewhere}") from error
     for line in usage_lines(out, targets):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 

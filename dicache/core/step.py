@@ -467,6 +467,8 @@ class Step:
         run, steps = visit.run, visit.run.num_steps
         if rules.schedule is not None and self.place >= len(rules.schedule):
             run.warn("schedule", _SHORT_SCHEDULE.format(len(rules.schedule)))
+        elif rules.schedule is not None and steps is not None and len(rules.schedule) > steps:
+            run.warn("schedule", _LONG_SCHEDULE.format(len(rules.schedule), steps))
         if steps is None and rules.needs_num_steps:
             run.warn("num_inference_steps", _UNKNOWN_LENGTH)
         if not (visit.is_settled and context.has_history) or context.to_compute:
@@ -622,6 +624,10 @@ PAUSED = (
 _SHORT_SCHEDULE = (
     "schedule has {} letters and the run more steps. Those behind its end are computed; give "
     "schedule one letter a step."
+)
+_LONG_SCHEDULE = (
+    "schedule has {} letters and the run {} steps. Those behind its end are not used, and the mask "
+    "may have been made for a longer run; give schedule one letter a step."
 )
 _UNKNOWN_LENGTH = (
     "The number of steps is unknown and the rules need it, so every step is computed. Set "

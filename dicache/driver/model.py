@@ -21,6 +21,7 @@ from ..config import AUTO, DiCacheConfig
 from ..core.rules import Rules, resolve
 from ..core.session import DiCacheSession
 from ..core.step import GRADIENTS, Step
+from ..core.warning import warn_user
 from ..core.where import Where
 from ..error_rules import ERROR_RULES
 from ..profile import Identity, Profile
@@ -399,11 +400,25 @@ def rules_for(
         ValueError: There is no threshold, or the profile does not fit.
     """
     threshold = family.threshold_for(ERROR_RULES[config.error], model)
+    _warn_of_foreign_preset(config, family)
     profile = config.profile
     if not isinstance(profile, Profile):
         return resolve(config, threshold)
     identity = Identity.of(model, len(family.blocks(model)))
     return resolve(config, threshold, profile.name_of(name, identity, config.probe_depth))
+
+
+def _warn_of_foreign_preset(config: DiCacheConfig, family: ModelFamily) -> None:
+    """Published rules, threshold included, were measured on one model only."""
+    preset = config.published_as
+    if preset is None or (family.preset is not None and preset.startswith(family.preset)):
+        return
+    own = f"its own is {family.preset!r}" if family.preset else "nobody has published any for it"
+    warn_user(
+        f"The preset {preset!r} was published for another model than {family.model_class}: {own}. "
+        f"Its threshold {config.threshold:g} may reuse far too much or nothing here; give a "
+        f"threshold, or take DiCacheConfig()."
+    )
 
 
 def refuse_to_learn_of_several(config: DiCacheConfig, names: Collection[str]) -> None:

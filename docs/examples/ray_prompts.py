@@ -1,6 +1,6 @@
 """Draw prompts with Ray Data: actors with a pipeline each, on all GPUs of a cluster.
 
-    pip install 'dicache[cli,ray]'
+    pip install --no-build-isolation ".[cli,ray]"
     python docs/examples/ray_prompts.py --actors 2 --out ray-output
 
 Without `--model` it draws with the small Flux that ships with the package, on any machine; with

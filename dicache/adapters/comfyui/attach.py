@@ -44,7 +44,9 @@ def config_for(rules: str, threshold: float, target_speedup: float = 0.0) -> DiC
     """
     if rules not in RULES:
         raise ValueError(f"rules is {rules!r}. Expected one of {', '.join(RULES)}.")
-    config = DiCacheConfig() if rules == DEFAULT else DiCacheConfig.preset(rules)
+    config = DiCacheConfig()
+    if rules != DEFAULT:
+        config = DiCacheConfig.preset(rules)  # type: ignore[arg-type]
     if target_speedup == 0:
         return config if threshold == 0 else replace(config, threshold=threshold)
     if rules != DEFAULT or threshold != 0 or not target_speedup >= 1:
