@@ -271,7 +271,8 @@ struct Operators {
         expect_apart(name, read, "probe_window", q);
       }
       for (const int other : {0, 1}) {
-        expect_both_kept("residual_window", r, "probe_window", rows_of(arguments.q, other, samples));
+        expect_both_kept("residual_window", r, "probe_window",
+                         rows_of(arguments.q, other, samples));
       }
     }
   }
