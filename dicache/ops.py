@@ -289,7 +289,7 @@ def why_slow(device: torch.device) -> str | None:
     Only of devices that this package has faster bodies for.
     """
     if device.type == "cuda":
-        return _load_error["_C_cuda"] and _no_triton() and _load_error["_C_cuda"]
+        return _load_error["_C_cuda"] if _no_triton() else None
     return _load_error["_C"] if device.type == "cpu" else None
 
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor
 from dicache import DiCacheConfig, DiCacheSession, Where
 from dicache.core.recorder import Recorder
 from dicache.core.rules import resolve
+from dicache.core.step import Step
 
 PATIENCE = float(os.environ.get("PATIENCE", "20"))
 STEPS = 12
@@ -109,17 +110,20 @@ def drive(
             x = take(tokens(share, seed=seed))
             where = Where(context, timestep=1000 * (1 - share), num_steps=STEPS)
             with session.step(where) as step:
-                p = block(x, share, 0)
-                if step.needs_probe:
-                    step.probe(x, p)
-                if step.action == "reuse":
-                    answers.append(step.reuse(x))
-                    continue
-                y = p if step.rows is None else p[step.rows]
-                for depth in (1, 2, 3):
-                    y = block(y, share, depth)
-                answers.append(step.record(x, p, y))
+                answers.append(run_blocks(step, x, block(x, share, 0), share, (1, 2, 3)))
     return answers
+
+
+def run_blocks(step: Step, x: Tensor, p: Tensor, share: float, depths: Iterable[int]) -> Tensor:
+    """A step behind its probe, by blocks of these depths if they are needed: the tokens behind."""
+    if step.needs_probe:
+        step.probe(x, p)
+    if step.action == "reuse":
+        return step.reuse(x)
+    y = p if step.rows is None else p[step.rows]
+    for depth in depths:
+        y = block(y, share, depth)
+    return step.record(x, p, y)
 
 
 RULES: dict[str, dict[str, Any]] = {
@@ -244,13 +248,7 @@ def _tiles(session: DiCacheSession, exchanged: bool) -> None:
             x = parts(tokens(share / 20, seed=seed))  # nearer to the step before than to the other
             where = Where(moment=index, timestep=1000 * (1 - share), num_steps=STEPS)
             with session.step(where) as step:
-                p = block(x, share, 0)
-                if step.needs_probe:
-                    step.probe(x, p)
-                if step.action == "reuse":
-                    step.reuse(x)
-                else:
-                    step.record(x, p, block(p, share, 1))
+                run_blocks(step, x, block(x, share, 0), share, (1,))
 
 
 @check
@@ -283,13 +281,7 @@ def noise() -> dict[str, Any]:
                 x += (-1) ** index
             where = Where(timestep=1000 * (1 - share), num_steps=STEPS, is_noisy=None)
             with session.step(where) as step:
-                p = x + 0.1
-                if step.needs_probe:
-                    step.probe(x, p)
-                if step.action == "reuse":
-                    step.reuse(x)
-                else:
-                    step.record(x, p, block(p, share, 1))
+                run_blocks(step, x, x + 0.1, share, (1,))
         seen[f"as {which} tells"] = letters(session.stats.contexts["main"])
     return seen
 
