@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from ctypes import Structure, c_bool, c_double, c_int, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_bool, c_double, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ MULTIPROCESSORS = 2  # 8 blocks: enough for the last one to have work
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # as `enum class DType`
 FORMATS = ("4SameI13__nv_bfloat16fE", "4SameI6__halffE", "4SameIffE", "4SameIddE")
 MIXED_FORMATS = ("5MixedIfE", "5MixedIdE")
+STATISTICS = (5, 7, 6)  # columns of each, as `enum class Statistics`
 FLAGS = {"probe": 2, "record": 1}  # template arguments of bool behind the format
 
 
@@ -67,8 +68,13 @@ def instantiations(file: str) -> list[str]:
         rf"{file}_kernelINS0_{kind}E{flag}E" for kind in FORMATS + MIXED_FORMATS for flag in flags
     ]
     if file == "combine":
-        names += [f"finish_kernelI{kind}Li{columns}E" for kind in "fd" for columns in (5, 6, 7)]
+        names += [f"finish_kernelI{kind}{_statistics(n)}E" for kind in "fd" for n in (5, 6, 7)]
     return names
+
+
+def _statistics(columns: int) -> str:
+    """The template's argument, as it is mangled."""
+    return f"LNS_10StatisticsE{STATISTICS.index(columns)}E"
 
 
 class _Tokens(Structure):
@@ -112,7 +118,7 @@ class _Alignment(Structure):
 
 
 class _Finish(Structure):
-    _fields_ = [("batch", c_int64), ("columns", c_int), ("is_wide", c_bool), ("rule", _Rule)]
+    _fields_ = [("batch", c_int64), ("kind", c_int32), ("is_wide", c_bool), ("rule", _Rule)]
     _fields_ += [("sums", c_void_p), ("result", c_void_p)]
 
 
@@ -187,10 +193,10 @@ class Cuda:
         call = _Call(self, sums, None, None, wide=_wide(sums))
         result = torch.full((batch + 1, 2), -7.0, dtype=sums.dtype)
         arguments = _Finish(
-            batch, columns, _wide(sums), rule,
+            batch, STATISTICS.index(columns), _wide(sums), rule,
             call.pointer("sums", sums), call.pointer("result", result, True),
         )  # fmt: skip
-        kernel = f"finish_kernelI{'d' if _wide(sums) else 'f'}Li{columns}E"
+        kernel = f"finish_kernelI{'d' if _wide(sums) else 'f'}{_statistics(columns)}E"
         call.launch("combine", kernel, [bytes(arguments)], 1, 1)
         return result
 

@@ -148,6 +148,7 @@ DICACHE_LANES void for_each_vector(int64_t size, const Step& step) {
 
 template <int kSums, class V>
 DICACHE_LANES void add_lanes(double* partial, const V* sums) {
+  static_assert(kSums <= kMaxPartials);
   for (int sum = 0; sum < kSums; ++sum) {
     double total = 0;
     for (int lane = 0; lane < kLanes; ++lane) {

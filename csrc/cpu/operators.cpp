@@ -58,15 +58,16 @@ std::vector<double> add_partials(const Samples& samples, const std::vector<doubl
 
 // (error, gamma) of every row of sums [B, columns], and of their sum.
 template <class T>
-void finish_rows(T* result, const T* sums, int64_t batch, int columns, const Rule& rule) {
-  T total[8] = {};
+void finish_rows(T* result, const T* sums, int64_t batch, Statistics kind, const Rule& rule) {
+  const int columns = columns_of(kind);
+  T total[kMaxColumns] = {};
   for (int64_t sample = 0; sample < batch; ++sample) {
-    finish(result + 2 * sample, sums + sample * columns, columns, rule);
+    finish(result + 2 * sample, sums + sample * columns, kind, rule);
     for (int column = 0; column < columns; ++column) {
       total[column] += sums[sample * columns + column];
     }
   }
-  finish(result + 2 * batch, total, columns, rule);
+  finish(result + 2 * batch, total, kind, rule);
 }
 
 // Partial sums -> rows of sums -> (error, gamma).
@@ -88,7 +89,7 @@ void conclude(const Arguments& arguments, const std::vector<double>& totals) {
     read_entry_sums(entry_sums, arguments.entry_sums, sample);
     Terms::columns(row, sums, entry_sums);
   }
-  finish_rows(static_cast<T*>(arguments.result), rows, arguments.samples.batch, Terms::kColumns,
+  finish_rows(static_cast<T*>(arguments.result), rows, arguments.samples.batch, Terms::kKind,
               arguments.rule);
 }
 
@@ -122,10 +123,10 @@ class Cpu {
   void finish(const FinishArguments& arguments) const {
     arguments.is_wide ? finish_rows(static_cast<double*>(arguments.result),
                                     static_cast<const double*>(arguments.sums), arguments.batch,
-                                    arguments.columns, arguments.rule)
+                                    arguments.kind, arguments.rule)
                       : finish_rows(static_cast<float*>(arguments.result),
                                     static_cast<const float*>(arguments.sums), arguments.batch,
-                                    arguments.columns, arguments.rule);
+                                    arguments.kind, arguments.rule);
   }
 
   void combine(const CombineArguments& arguments) const {

@@ -50,9 +50,10 @@ __global__ void __launch_bounds__(kGpuThreads)
   walk<Format, 1>(part, arguments.samples.size, aligned, load, use);
 }
 
-// One thread: a few numbers a sample. kColumns is known so that the rows stay in registers.
-template <class T, int kColumns>
+// One thread: a few numbers a sample. kKind is known so that the rows stay in registers.
+template <class T, Statistics kKind>
 __global__ void finish_kernel(FinishArguments arguments) {
+  constexpr int kColumns = columns_of(kKind);
   const T* sums = static_cast<const T*>(arguments.sums);
   T* result = static_cast<T*>(arguments.result);
   T batch_row[kColumns] = {};
@@ -63,20 +64,20 @@ __global__ void finish_kernel(FinishArguments arguments) {
       row[column] = sums[sample * kColumns + column];
       batch_row[column] += row[column];
     }
-    finish(result + 2 * sample, row, kColumns, arguments.rule);
+    finish(result + 2 * sample, row, kKind, arguments.rule);
   }
-  finish(result + 2 * arguments.batch, batch_row, kColumns, arguments.rule);
+  finish(result + 2 * arguments.batch, batch_row, kKind, arguments.rule);
 }
 
 template <class T>
 cudaError_t launch_finish_kernel(const FinishArguments& arguments, cudaStream_t stream) {
-  switch (arguments.columns) {
-    case 5:
-      return launch(stream, 1, 1, finish_kernel<T, 5>, arguments);
-    case 6:
-      return launch(stream, 1, 1, finish_kernel<T, 6>, arguments);
+  switch (arguments.kind) {
+    case Statistics::kProbe:
+      return launch(stream, 1, 1, finish_kernel<T, Statistics::kProbe>, arguments);
+    case Statistics::kProbeWithInput:
+      return launch(stream, 1, 1, finish_kernel<T, Statistics::kProbeWithInput>, arguments);
     default:
-      return launch(stream, 1, 1, finish_kernel<T, 7>, arguments);
+      return launch(stream, 1, 1, finish_kernel<T, Statistics::kAlignment>, arguments);
   }
 }
 

@@ -53,6 +53,7 @@ __device__ __forceinline__ void add_block(T (&sums)[kSums]) {
 // Stores this block's partial sums. True in every thread of the last block to arrive.
 template <int kSums, class T>
 __device__ __forceinline__ bool publish(T (&sums)[kSums], void* workspace) {
+  static_assert(kSums <= kMaxSums);
   __shared__ bool is_last;
   add_block(sums);
   if (threadIdx.x == 0) {
@@ -115,10 +116,10 @@ __device__ __forceinline__ void conclude(const Arguments& arguments, void* works
       rows[sample * Terms::kColumns + column] = row[column];
       batch_row[column] += row[column];
     }
-    finish(result + 2 * sample, row, Terms::kColumns, arguments.rule);
+    finish(result + 2 * sample, row, Terms::kKind, arguments.rule);
   }
   if (threadIdx.x == 0) {
-    finish(result + 2 * arguments.samples.batch, batch_row, Terms::kColumns, arguments.rule);
+    finish(result + 2 * arguments.samples.batch, batch_row, Terms::kKind, arguments.rule);
   }
 }
 

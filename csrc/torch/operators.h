@@ -6,7 +6,6 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include <array>
 #include <initializer_list>
 #include <tuple>
 #include <utility>
@@ -111,12 +110,18 @@ struct Operators {
   }
 
   static Tensor finish_probe_statistics(Tensor sums, double low, double high) {
-    return finish_statistics(sums, rule_of(low, high, false, false), {5, 7});
+    DICACHE_EXPECT(sums.dim() == 2 && (sums.size(1) == 5 || sums.size(1) == 7), "sums has shape ",
+                   shape_of(sums), ". Expected [B, 5] or [B, 7].");
+    const auto kind = sums.size(1) == 7 ? Statistics::kProbeWithInput : Statistics::kProbe;
+    return finish_statistics(sums, rule_of(low, high, false, false), kind);
   }
 
   static Tensor finish_alignment_statistics(Tensor sums, double low, double high,
                                             bool relative_to_probe) {
-    return finish_statistics(sums, rule_of(low, high, true, relative_to_probe), {6, 6});
+    DICACHE_EXPECT(sums.dim() == 2 && sums.size(1) == 6, "sums has shape ", shape_of(sums),
+                   ". Expected [B, 6].");
+    const Rule rule = rule_of(low, high, true, relative_to_probe);
+    return finish_statistics(sums, rule, Statistics::kAlignment);
   }
 
   static Tensor combine_residuals(Tensor x, Tensor residual_window, Tensor newest, Tensor gamma,
@@ -277,17 +282,12 @@ struct Operators {
     }
   }
 
-  static Tensor finish_statistics(const Tensor& given, const Rule& rule,
-                                  std::array<int64_t, 2> columns) {
-    DICACHE_EXPECT(given.dim() == 2 && (given.size(1) == columns[0] || given.size(1) == columns[1]),
-                   "sums has shape ", shape_of(given), ". Expected [B, ", columns[0], "]",
-                   columns[0] == columns[1] ? "" : " or [B, 7]", ".");
+  static Tensor finish_statistics(const Tensor& given, const Rule& rule, Statistics kind) {
     const Tensor sums = is_dense(given, 0) ? given : torch::stable::contiguous(given);
     const bool wide = Reader::is_wide_sum("sums", sums);
     Tensor result = make_rows(sums, sums.size(0) + 1, 2, wide);
     Backend(sums, std::nullopt)
-        .finish({sums.size(0), static_cast<int>(sums.size(1)), wide, rule, sums.data_ptr(),
-                 result.data_ptr()});
+        .finish({sums.size(0), kind, wide, rule, sums.data_ptr(), result.data_ptr()});
     return result;
   }
 };

@@ -70,6 +70,9 @@ struct Weights {
   bool is_wide;          // fp64; only where samples.is_wide
 };
 
+// Which statistics a row of sums is of; `with input`: delta_minus.
+enum class Statistics : int32_t { kProbe, kProbeWithInput, kAlignment };
+
 // How the sums become (error, gamma).
 struct Rule {
   double low, high;        // gamma's range
@@ -98,7 +101,7 @@ struct AlignmentArguments {
 
 struct FinishArguments {
   int64_t batch;
-  int columns;
+  Statistics kind;
   bool is_wide;
   Rule rule;
   const void* sums;

@@ -14,6 +14,12 @@
 
 namespace dicache {
 
+// Columns of the rows of sums that statistics leave.
+DICACHE_INLINE constexpr int columns_of(Statistics kind) {
+  return kind == Statistics::kProbe ? 5 : kind == Statistics::kAlignment ? 6 : 7;
+}
+constexpr int kMaxColumns = columns_of(Statistics::kProbeWithInput);
+
 DICACHE_INLINE float magnitude(float value) { return fabsf(value); }
 DICACHE_INLINE double magnitude(double value) { return fabs(value); }
 
@@ -23,7 +29,8 @@ template <bool kLeastSquares, bool kWithInput>
 struct ProbeTerms {
   static constexpr bool kReadsNew = kLeastSquares;
   static constexpr int kSums = kWithInput ? 5 : 3;
-  static constexpr int kColumns = kWithInput ? 7 : 5;
+  static constexpr Statistics kKind = kWithInput ? Statistics::kProbeWithInput : Statistics::kProbe;
+  static constexpr int kColumns = columns_of(kKind);
 
   template <class V>
   static DICACHE_INLINE void add(V* sums, V x, V p, V p_prev, V x_prev, V q_old, V q_new) {
@@ -58,7 +65,8 @@ struct ProbeTerms {
 // <a, a>, <a, d>, <q, q>, <p, p>.
 struct AlignmentTerms {
   static constexpr int kSums = 4;
-  static constexpr int kColumns = 6;
+  static constexpr Statistics kKind = Statistics::kAlignment;
+  static constexpr int kColumns = columns_of(kKind);
 
   template <class V>
   static DICACHE_INLINE void add(V* sums, V x, V p, V q_old, V q_new) {
@@ -178,9 +186,9 @@ DICACHE_INLINE T gamma_of(T top, T bottom, T residual, const Rule& rule) {
 
 // (error, gamma) of one row of the probe statistics' sums.
 template <class T>
-DICACHE_INLINE void finish_probe(T* result, const T* row, int columns, const Rule& rule) {
+DICACHE_INLINE void finish_probe(T* result, const T* row, bool with_input, const Rule& rule) {
   T error = row[0] / row[1];
-  if (columns == 7) {
+  if (with_input) {
     error = magnitude(error - row[5] / row[6]);
   }
   result[0] = error;
@@ -201,11 +209,11 @@ DICACHE_INLINE void finish_alignment(T* result, const T* row, const Rule& rule) 
 }
 
 template <class T>
-DICACHE_INLINE void finish(T* result, const T* row, int columns, const Rule& rule) {
-  if (columns == AlignmentTerms::kColumns) {
+DICACHE_INLINE void finish(T* result, const T* row, Statistics kind, const Rule& rule) {
+  if (kind == Statistics::kAlignment) {
     finish_alignment(result, row, rule);
   } else {
-    finish_probe(result, row, columns, rule);
+    finish_probe(result, row, kind == Statistics::kProbeWithInput, rule);
   }
 }
 
