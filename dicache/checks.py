@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .workspace import MAILBOX_PROMISE, MAILBOX_RESULT, Results
+
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -48,6 +50,58 @@ def check_alignment_statistics(
 ) -> None:
     """Arguments of `alignment_statistics`."""
     _check_statistics(x, p, probe_window, newest, entry_sums, low, high, active)
+
+
+def check_probe_and_combine(
+    x: Tensor,
+    p: Tensor,
+    p_prev: Tensor | None,
+    x_prev: Tensor | None,
+    residual_window: Tensor,
+) -> None:
+    """What `probe_and_combine` demands beyond the two operators that it is made of."""
+    if p_prev is None and x_prev is not None:
+        raise ValueError("x_prev is given without p_prev. Expected both, or p_prev, or neither.")
+    wide = [torch.float64 in (x.dtype, other.dtype) for other in (p, residual_window)]
+    if wide[0] != wide[1]:
+        raise ValueError(
+            f"p has dtype {p.dtype}, residual_window {residual_window.dtype} and x {x.dtype}. "
+            f"Expected float64 in both or none of (x, p) and (x, residual_window)."
+        )
+
+
+def check_results(sums: Tensor, result: Tensor, out: Results) -> None:
+    """That `out` can take these sums and results [B + 1, 2]."""
+    for name, given, like in (("sums", out.sums, sums), ("result", out.result, result)):
+        _expect_shape(name, given, like.shape, "what the call leaves")
+        _expect_dtype(name, given, (like.dtype,), f"the dtype of the sums, {like.dtype}")
+        _expect_device(name, given, like)
+        if not given.is_contiguous():
+            raise ValueError(f"{name} has strides {list(given.stride())}. Expected contiguous.")
+    if out.mailbox is None:
+        return
+    num_bytes = MAILBOX_RESULT + result.numel() * result.element_size()
+    box, promise = out.mailbox, out.promise
+    _expect_dtype("mailbox", box, (torch.uint8,), "uint8, from ops.make_results")
+    if box.ndim != 1 or box.numel() < num_bytes or not box.is_contiguous():
+        raise ValueError(
+            f"mailbox has shape {list(box.shape)}. Expected at least {num_bytes} contiguous bytes, "
+            f"from ops.make_results."
+        )
+    if result.is_cuda and box.device.type == "cpu" and not box.is_pinned():
+        raise ValueError("mailbox is not pinned. Expected memory from ops.make_results(x).")
+    if not 0 < out.serial < 2**31:
+        raise ValueError(
+            f"serial is {out.serial}. Expected 1 to 2^31 - 1, another one than in the call before."
+        )
+    if promise is not None:
+        _expect_device("promise", promise, result)
+        room = MAILBOX_RESULT - MAILBOX_PROMISE
+        if promise.numel() != 1 or promise.element_size() > room:
+            raise ValueError(
+                f"promise has shape {list(promise.shape)} and dtype {promise.dtype}. Expected one "
+                f"number of at most {room} bytes."
+            )
 
 
 def check_finish(sums: Tensor, low: float, high: float, columns: tuple[int, ...]) -> None:

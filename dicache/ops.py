@@ -34,31 +34,51 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .workspace import interprets_triton, make_workspace
+from .workspace import Results, interprets_triton, make_results, make_workspace
 
 __all__ = [
     "MEMORY_PASSES",
     "OPERATORS",
+    "Results",
     "alignment_statistics",
     "backend_status",
     "combine_residuals",
     "extrapolate_residuals",
     "finish_alignment_statistics",
     "finish_probe_statistics",
+    "make_results",
     "make_workspace",
+    "probe_and_combine",
     "probe_statistics",
     "record_residuals",
     "resolve_backend",
 ]
 
+# What the operators that write a `Results` take behind the others' arguments.
+_OUT = (
+    "Tensor? active, Tensor(w!)? workspace, Tensor(s!) sums, Tensor(r!) result, "
+    "Tensor(m!)? mailbox, int serial, Tensor? promise"
+)
 SCHEMAS = (
     "probe_statistics(Tensor x, Tensor p, Tensor(a!) p_prev, Tensor(b!)? x_prev, "
     "Tensor probe_window, Tensor newest, Tensor entry_sums, float low, float high, "
     "bool least_squares=False, Tensor? active=None, Tensor(c!)? workspace=None) "
     "-> (Tensor, Tensor)",
+    "probe_statistics_out(Tensor x, Tensor p, Tensor(a!) p_prev, Tensor(b!)? x_prev, "
+    "Tensor probe_window, Tensor newest, Tensor entry_sums, float low, float high, "
+    f"bool least_squares, {_OUT}) -> ()",
     "alignment_statistics(Tensor x, Tensor p, Tensor probe_window, Tensor newest, "
     "Tensor entry_sums, float low, float high, bool relative_to_probe=False, "
     "Tensor? active=None, Tensor(a!)? workspace=None) -> (Tensor, Tensor)",
+    "alignment_statistics_out(Tensor x, Tensor p, Tensor probe_window, Tensor newest, "
+    f"Tensor entry_sums, float low, float high, bool relative_to_probe, {_OUT}) -> ()",
+    "probe_and_combine(Tensor x, Tensor p, Tensor(a!)? p_prev, Tensor(b!)? x_prev, "
+    "Tensor probe_window, Tensor residual_window, Tensor newest, Tensor entry_sums, float low, "
+    "float high, bool least_squares=False, bool relative_to_probe=False, bool by_sample=False, "
+    "Tensor? active=None, Tensor(c!)? workspace=None) -> (Tensor, Tensor, Tensor)",
+    "probe_and_combine_out(Tensor x, Tensor p, Tensor(a!)? p_prev, Tensor(b!)? x_prev, "
+    "Tensor probe_window, Tensor residual_window, Tensor newest, Tensor entry_sums, float low, "
+    f"float high, bool least_squares, bool relative_to_probe, bool by_sample, {_OUT}) -> Tensor",
     "finish_probe_statistics(Tensor sums, float low, float high) -> Tensor",
     "finish_alignment_statistics(Tensor sums, float low, float high, "
     "bool relative_to_probe=False) -> Tensor",
@@ -81,6 +101,7 @@ OPERATORS = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 MEMORY_PASSES = {
     "probe_statistics": (4, 1),
     "alignment_statistics": (4, 0),
+    "probe_and_combine": (7, 1),
     "combine_residuals": (3, 1),
     "extrapolate_residuals": (6, 1),
     "record_residuals": (4, 2),
@@ -100,6 +121,7 @@ def probe_statistics(
     least_squares: bool = False,
     active: Tensor | None = None,
     workspace: Tensor | None = None,
+    out: Results | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Error and gamma of the published rules; stores p (and x) for the next step.
 
@@ -113,20 +135,11 @@ def probe_statistics(
     Returns:
         sums [B, 5] or [B, 7], and result [B + 1, 2] = (error, gamma), the whole batch last.
     """
-    return _probe_statistics(
-        x,
-        p,
-        p_prev,
-        x_prev,
-        probe_window,
-        newest,
-        entry_sums,
-        low,
-        high,
-        least_squares,
-        active,
-        workspace,
-    )
+    rest = (probe_window, newest, entry_sums, low, high, least_squares, active, workspace)
+    if out is None:
+        return _probe_statistics(x, p, p_prev, x_prev, *rest)
+    _probe_statistics_out(x, p, p_prev, x_prev, *rest, *out)
+    return out.sums, out.result
 
 
 def alignment_statistics(
@@ -140,6 +153,7 @@ def alignment_statistics(
     relative_to_probe: bool = False,
     active: Tensor | None = None,
     workspace: Tensor | None = None,
+    out: Results | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Error and gamma of the verified alignment: how well the trajectory predicts the probe.
 
@@ -153,9 +167,54 @@ def alignment_statistics(
     Returns:
         sums [B, 6], and result [B + 1, 2] = (error, gamma), the whole batch last.
     """
-    return _alignment_statistics(
-        x, p, probe_window, newest, entry_sums, low, high, relative_to_probe, active, workspace
-    )
+    rest = (newest, entry_sums, low, high, relative_to_probe, active, workspace)
+    if out is None:
+        return _alignment_statistics(x, p, probe_window, *rest)
+    _alignment_statistics_out(x, p, probe_window, *rest, *out)
+    return out.sums, out.result
+
+
+def probe_and_combine(
+    x: Tensor,
+    p: Tensor,
+    p_prev: Tensor | None,
+    x_prev: Tensor | None,
+    probe_window: Tensor,
+    residual_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    least_squares: bool = False,
+    relative_to_probe: bool = False,
+    by_sample: bool = False,
+    active: Tensor | None = None,
+    workspace: Tensor | None = None,
+    out: Results | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A whole skipped step in one launch: statistics, gamma, and the tokens that are filled in.
+
+    With `p_prev` the statistics of `probe_statistics`, else those of `alignment_statistics`; then
+    `combine_residuals` with each sample's gamma (`by_sample`) or the batch's. The same bits as
+    these operators have. On a GPU it is a cooperative launch, whose blocks wait for each other. Two
+    launches it is where not all of them can be resident (a batch of more samples than the device
+    has blocks, a part of a GPU), where x, p and the residuals have several dtypes, and while a CUDA
+    graph is captured.
+
+    It pays where launches cost as much as their bytes, up to some 32 MB a tensor. With a mailbox
+    in `out` the host has (error, gamma) before y is done.
+
+    Memory passes: those of the two operators, 8, 9 (`p_prev`) or 11. Arguments and errors:
+    `dicache.reference.probe_and_combine`.
+
+    Returns:
+        sums [B, 5, 6 or 7], result [B + 1, 2] = (error, gamma), and y [B, ...].
+    """
+    given = (x, p, p_prev, x_prev, probe_window, residual_window, newest, entry_sums, low, high)
+    rest = (least_squares, relative_to_probe, by_sample, active, workspace)
+    if out is None:
+        return _probe_and_combine(*given, *rest)
+    return out.sums, out.result, _probe_and_combine_out(*given, *rest, *out)
 
 
 def finish_probe_statistics(sums: Tensor, low: float, high: float) -> Tensor:
@@ -374,10 +433,15 @@ def _body(module: ModuleType, name: str) -> Callable[..., Any]:
         return getattr(module, name)
     write = getattr(module, name.removesuffix("_out"))
 
-    def write_out(*args: Any, **kwargs: Any) -> None:  # an operator may not return its argument
+    # An operator may not return its argument, so these return y or nothing.
+    def write_results(*args: Any) -> Tensor | None:
+        given, out = args[: -len(Results._fields)], Results(*args[-len(Results._fields) :])
+        return next(iter(write(*given, out=out)[2:]), None)
+
+    def write_out(*args: Any, **kwargs: Any) -> None:
         write(*args, **kwargs)
 
-    return write_out
+    return write_results if name in _WRITE_RESULTS else write_out
 
 
 def _triton_body(name: str) -> Callable[..., Any]:
@@ -402,12 +466,13 @@ def _fake_probe_statistics(
     least_squares: bool = False,
     active: Tensor | None = None,
     workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    *out: Any,
+) -> tuple[Tensor, Tensor] | None:
     checks.check_probe_statistics(
         x, p, p_prev, x_prev, probe_window, newest, entry_sums, low, high, active
     )
     checks.check_workspace(x, workspace)
-    return _fake_results(x, p, 5 if x_prev is None else 7)
+    return _fake_results(x, p, 5 if x_prev is None else 7, out)
 
 
 def _fake_alignment_statistics(
@@ -421,15 +486,54 @@ def _fake_alignment_statistics(
     relative_to_probe: bool = False,
     active: Tensor | None = None,
     workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    *out: Any,
+) -> tuple[Tensor, Tensor] | None:
     checks.check_alignment_statistics(x, p, probe_window, newest, entry_sums, low, high, active)
     checks.check_workspace(x, workspace)
-    return _fake_results(x, p, 6)
+    return _fake_results(x, p, 6, out)
 
 
-def _fake_results(x: Tensor, p: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+def _fake_results(
+    x: Tensor, p: Tensor, columns: int, out: tuple[Any, ...]
+) -> tuple[Tensor, Tensor] | None:
     batch, dtype = x.shape[0], reference.wide_dtype(x, p)
-    return x.new_empty((batch, columns), dtype=dtype), x.new_empty((batch + 1, 2), dtype=dtype)
+    made = x.new_empty((batch, columns), dtype=dtype), x.new_empty((batch + 1, 2), dtype=dtype)
+    if not out:
+        return made
+    checks.check_results(*made, Results(*out))
+    return None
+
+
+def _fake_probe_and_combine(
+    x: Tensor,
+    p: Tensor,
+    p_prev: Tensor | None,
+    x_prev: Tensor | None,
+    probe_window: Tensor,
+    residual_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    least_squares: bool = False,
+    relative_to_probe: bool = False,
+    by_sample: bool = False,
+    active: Tensor | None = None,
+    workspace: Tensor | None = None,
+    *out: Any,
+) -> tuple[Tensor, ...] | Tensor:
+    checks.check_probe_and_combine(x, p, p_prev, x_prev, residual_window)
+    rest = (probe_window, newest, entry_sums, low, high)
+    if p_prev is None:
+        last = (relative_to_probe, active, workspace)
+        made = _fake_alignment_statistics(x, p, *rest, *last, *out)
+    else:
+        last = (least_squares, active, workspace)
+        made = _fake_probe_statistics(x, p, p_prev, x_prev, *rest, *last, *out)
+    gamma = x.new_empty(x.shape[:1], dtype=reference.wide_dtype(x, p))
+    y = _fake_combine_residuals(x, residual_window, newest, gamma, active)
+    assert y is not None
+    return y if made is None else (*made, y)
 
 
 def _fake_finish_probe_statistics(sums: Tensor, low: float, high: float) -> Tensor:
@@ -489,6 +593,11 @@ def _fake_record_residuals(
     checks.check_workspace(x, workspace)
 
 
+_WRITE_RESULTS = (
+    "probe_statistics_out",
+    "alignment_statistics_out",
+    "probe_and_combine_out",
+)
 _FAKES = {name: globals()[f"_fake_{name.removesuffix('_out')}"] for name in OPERATORS}
 _LIBRARY = torch.library.Library("dicache", "DEF")
 for _schema in SCHEMAS:
@@ -497,7 +606,11 @@ _load_error = {extension: _load(extension) for extension in ("_C", "_C_cuda")}
 _register_python_bodies()
 
 _probe_statistics = torch.ops.dicache.probe_statistics.default
+_probe_statistics_out = torch.ops.dicache.probe_statistics_out.default
 _alignment_statistics = torch.ops.dicache.alignment_statistics.default
+_alignment_statistics_out = torch.ops.dicache.alignment_statistics_out.default
+_probe_and_combine = torch.ops.dicache.probe_and_combine.default
+_probe_and_combine_out = torch.ops.dicache.probe_and_combine_out.default
 _finish_probe_statistics = torch.ops.dicache.finish_probe_statistics.default
 _finish_alignment_statistics = torch.ops.dicache.finish_alignment_statistics.default
 _combine_residuals = torch.ops.dicache.combine_residuals.default

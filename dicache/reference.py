@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .workspace import MAILBOX_PROMISE, MAILBOX_RESULT, Results
 
 _LARGEST_FP16 = torch.finfo(torch.float16).max
 
@@ -54,6 +55,7 @@ def probe_statistics(
     least_squares: bool = False,
     active: Tensor | None = None,
     workspace: Tensor | None = None,
+    out: Results | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Error and gamma of the published rules; also stores p (and x) for the next step.
 
@@ -77,6 +79,7 @@ def probe_statistics(
         least_squares: Which of the two gammas.
         active: uint8 [B] or `None` for all samples. Sums of inactive samples are zero.
         workspace: From `dicache.ops.make_workspace`; only the GPU backends use it.
+        out: Where to write, from `dicache.ops.make_results`; `None` allocates.
 
     Returns:
         sums [B, 5], or [B, 7] with `x_prev`, and result [B + 1, 2] = (error, gamma): a row a
@@ -108,7 +111,7 @@ def probe_statistics(
         columns += [_sum_abs(x.to(wide) - x_prev.to(wide)), _sum_abs(x_prev.to(wide))]
         _store(x_prev, x, active)
     sums = _only(torch.stack([column.to(wide) for column in columns], dim=1), active)
-    return sums, finish_probe_statistics(sums, low, high)
+    return _results(sums, finish_probe_statistics(sums, low, high), out)
 
 
 @torch.no_grad()
@@ -134,6 +137,7 @@ def alignment_statistics(
     relative_to_probe: bool = False,
     active: Tensor | None = None,
     workspace: Tensor | None = None,
+    out: Results | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Error and gamma of the verified alignment: how well the trajectory predicts the probe.
 
@@ -157,7 +161,7 @@ def alignment_statistics(
     residual = entry_sums[:, 2].to(wide) + entry_sums[:, 3].to(wide)
     columns = [_dot(a, a), _dot(a, d), _dot(q, q), entry_sums[:, 1], residual, _dot(p, p)]
     sums = _only(torch.stack([column.to(wide) for column in columns], dim=1), active)
-    return sums, finish_alignment_statistics(sums, low, high, relative_to_probe)
+    return _results(sums, finish_alignment_statistics(sums, low, high, relative_to_probe), out)
 
 
 @torch.no_grad()
@@ -209,6 +213,56 @@ def combine_residuals(
     new = _entry(residual_window, newest, old=False).to(wide)
     y = x.to(wide) + old + _rows(gamma.to(wide), x) * (new - old)
     return _output(_tokens(y, residual_window.dtype), active, out)
+
+
+@torch.no_grad()
+def probe_and_combine(
+    x: Tensor,
+    p: Tensor,
+    p_prev: Tensor | None,
+    x_prev: Tensor | None,
+    probe_window: Tensor,
+    residual_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    low: float,
+    high: float,
+    least_squares: bool = False,
+    relative_to_probe: bool = False,
+    by_sample: bool = False,
+    active: Tensor | None = None,
+    workspace: Tensor | None = None,
+    out: Results | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics, and the tokens that are filled in by the gamma they give.
+
+    Those of `probe_statistics` with `least_squares` where `p_prev` is given, else those of
+    `alignment_statistics` with `relative_to_probe`; then `combine_residuals` without `out`.
+
+    Args:
+        p_prev, x_prev: As for `probe_statistics`; overwritten, so that x and `residual_window`,
+            which are read again, must lie elsewhere.
+        residual_window: As for `combine_residuals`.
+        by_sample: Whether every sample has its own gamma; else all have the batch's.
+        others: As for these functions.
+
+    Returns:
+        sums [B, 5, 6 or 7], result [B + 1, 2] and y [B, ...].
+
+    Raises:
+        ValueError: As for these functions; or fp64 is in one of (x, p) and (x, residual_window)
+            only, or `x_prev` is given without `p_prev`.
+    """
+    checks.check_probe_and_combine(x, p, p_prev, x_prev, residual_window)
+    rest = (probe_window, newest, entry_sums, low, high)
+    if p_prev is None:
+        sums, result = alignment_statistics(x, p, *rest, relative_to_probe, active, workspace, out)
+    else:
+        sums, result = probe_statistics(
+            x, p, p_prev, x_prev, *rest, least_squares, active, workspace, out
+        )
+    gamma = result[:-1, 1] if by_sample else result[-1, 1].expand(x.shape[0])
+    return sums, result, combine_residuals(x, residual_window, newest, gamma, active)
 
 
 @torch.no_grad()
@@ -320,6 +374,23 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of the arithmetic on these tensors."""
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def _results(sums: Tensor, result: Tensor, out: Results | None) -> tuple[Tensor, Tensor]:
+    if out is None:
+        return sums, result
+    checks.check_results(sums, result, out)
+    out.sums.copy_(sums)
+    out.result.copy_(result)
+    if out.mailbox is not None:
+        parts = {MAILBOX_RESULT: result}
+        if out.promise is not None:
+            parts[MAILBOX_PROMISE] = out.promise
+        parts[0] = torch.full((), out.serial, dtype=torch.int32, device=result.device)  # the last
+        for first, part in parts.items():
+            raw = part.reshape(-1).contiguous().view(torch.uint8)
+            out.mailbox[first : first + raw.numel()].copy_(raw, non_blocking=True)
+    return out.sums, out.result
 
 
 def _sum_abs(value: Tensor) -> Tensor:

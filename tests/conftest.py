@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from operator_backends import Backend, why_not
 from table_marks import pytest_runtest_makereport as pytest_runtest_makereport
 
 
@@ -21,3 +22,21 @@ def plain_flex_attention(monkeypatch):
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(
+    params=[
+        "reference",
+        "cpp",
+        "emulated",
+        pytest.param("cuda", marks=pytest.mark.gpu),
+        pytest.param("triton", marks=pytest.mark.gpu),
+    ]
+)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """`emulated` is the CUDA kernels on a CPU (tests/cuda_emulator)."""
+    name = request.param
+    missing = why_not(name)
+    if missing is not None:
+        pytest.skip(f"{name}: {missing}")
+    return Backend(name)

@@ -53,7 +53,25 @@ def load() -> SimpleNamespace:
     functions = {name: getattr(namespace, name) for name in ops.OPERATORS}
     for name in ("combine_residuals", "extrapolate_residuals"):
         functions[name] = _with_out(functions[name], functions[f"{name}_out"], getattr(ops, name))
+    for name in ("alignment_statistics", "probe_statistics", "probe_and_combine"):
+        like = getattr(ops, name)
+        functions[name] = _with_results(functions[name], functions[f"{name}_out"], like)
     return SimpleNamespace(**functions)
+
+
+def _with_results(make: Callable, write: Callable, like: Callable) -> Callable:
+    """The same for results that a caller gives."""
+
+    def call(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        bound = inspect.signature(like).bind(*args, **kwargs)
+        bound.apply_defaults()
+        *given, out = bound.args
+        if out is None:
+            return make(*given)
+        y = write(*given, *out)
+        return (out.sums, out.result) if y is None else (out.sums, out.result, y)
+
+    return call
 
 
 def _with_out(make: Callable, write: Callable, like: Callable) -> Callable:

@@ -14,6 +14,7 @@ BATCH, SIZE = 2, 64
 ROWS = BATCH * SIZE
 OPERANDS = {
     "probe_statistics": ("x", "p", "p_prev", "x_prev", "probe_window"),
+    "probe_and_combine": ("x", "p", "p_prev", "x_prev", "probe_window", "residual_window"),
     "combine_residuals": ("x", "residual_window", "out"),
     "extrapolate_residuals": ("x", "p", "residual_window", "oldest", "probe_window", "out"),
     "record_residuals": ("x", "p", "y", "residual_window", "probe_window"),
@@ -22,21 +23,29 @@ OPERANDS = {
 SHIFTED = [
     *(("probe_statistics", written, read) for written in ("p_prev", "x_prev")
       for read in ("x", "p", "p_prev", "x_prev", "probe_window") if read != written),
+    *(("probe_and_combine", written, read) for written in ("p_prev", "x_prev")
+      for read in OPERANDS["probe_and_combine"] if read != written),
     *(("combine_residuals", "out", read) for read in ("x", "residual_window")),
     *(("extrapolate_residuals", "out", read)
       for read in ("x", "p", "residual_window", "oldest", "probe_window")),
     *(("record_residuals", written, read) for written in ("residual_window", "probe_window")
       for read in ("x", "p", "y", "residual_window", "probe_window") if read != written),
 ]  # fmt: skip
-# In the same place, although both are written.
+# In the same place, although both are written, or one is read again behind that.
 SAME = [
     ("probe_statistics", "p_prev", "x_prev"),
+    *(
+        ("probe_and_combine", written, read)
+        for written in ("p_prev", "x_prev")
+        for read in ("x", "residual_window")
+    ),
     ("record_residuals", "residual_window", "probe_window"),
 ]
 # In the same place, of which one is read and then written: right.
 ALLOWED = [
     ("probe_statistics", "p_prev", "p"),
     ("probe_statistics", "x_prev", "x"),
+    ("probe_and_combine", "p_prev", "p"),
     ("combine_residuals", "out", "x"),
     ("extrapolate_residuals", "out", "p"),
     ("extrapolate_residuals", "out", "oldest"),
@@ -72,6 +81,7 @@ def arguments_of(
         given
         | {
             "probe_statistics": {"entry_sums": ones, "low": 0.0, "high": 9.0},
+            "probe_and_combine": {"entry_sums": ones, "low": 0.0, "high": 9.0},
             "combine_residuals": {"gamma": ones[:, 0]},
             "extrapolate_residuals": {"weights": ones[:, :3]},
             "record_residuals": {"entry_sums": ones, "first": False},

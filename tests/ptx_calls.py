@@ -10,9 +10,12 @@ import torch
 from operator_cases import Case, Layout
 from torch import Tensor
 
+from dicache import ops
+
 WRITTEN = {
     "probe": ("p_prev", "x_prev"),
     "alignment": (),
+    "probe_and_combine": ("p_prev", "x_prev"),
     "combine": ("out",),
     "extrapolate": ("out",),
     "record": ("residual_window", "probe_window"),
@@ -75,6 +78,33 @@ class Call:
             case.active_flags(),
         )  # fmt: skip
         self.sums = {"sums": sums, "result": result}
+
+    def _probe_and_combine(self, functions, case, options) -> None:
+        x, p = self.tensor("x", case.x_dtype), self.tensor("p", case.p_dtype)
+        p_prev, x_prev = self.tensor("p_prev", case.p_dtype), self.tensor("x_prev", case.x_dtype)
+        previous = (p_prev, x_prev if options["minus"] else None)
+        probes = self.tensor("probe_window", case.p_dtype, 2)
+        residuals = self.tensor("residual_window", case.y_dtype, 2)
+        columns = 6 if not options["published"] else 7 if options["minus"] else 5
+        promise = torch.tensor([3, 4], dtype=torch.int64)[1:]
+        out = ops.make_results(x, p, columns)._replace(serial=9, promise=promise)
+        given = (case.newest(), case.entry_sums(options["wide_sums"]), LOW, HIGH)
+        given += (options["least_squares"], options["relative_to_probe"], options["by_sample"])
+        sums, result, y = functions.probe_and_combine(
+            x, p, *(previous if options["published"] else (None, None)), probes, residuals, *given,
+            case.active_flags(), None, out,
+        )  # fmt: skip
+        gamma = result[:-1, 1] if options["by_sample"] else result[-1:, 1].expand(case.batch)
+        flags = case.active_flags()
+        assert equal_bits(y, ops.combine_residuals(x, residuals, given[0], gamma, flags))
+        letter = out.mailbox
+        assert (letter[:4].view(torch.int32).item(), letter[8:16].view(torch.int64).item()) == (
+            9,
+            4,
+        )
+        assert equal_bits(letter[16:].view(result.dtype), result.flatten())
+        self.sums = {"sums": sums, "result": result}
+        self.exact = {"p_prev": p_prev, "x_prev": x_prev}
 
     def _out(self, x: Tensor, options: dict[str, Any]) -> Tensor | None:
         """None, another tensor, or x itself."""
@@ -165,6 +195,8 @@ def draw(
         "out": rng.choice(["new", "given", "x"]),
         "wide_sums": rng.random() < 0.3,
         "one_gamma": rng.random() < 0.3,
+        "by_sample": rng.random() < 0.5,
+        "published": rng.random() < 0.5,
     }
     options |= fixed
     if options["out"] == "x":
@@ -196,14 +228,40 @@ def assert_equal(found: Call, expected: Call, functions: Any) -> None:
         same = close | (sums == other) | (sums.isnan() & other.isnan())
         assert same.all(), (name, sums, other, found.case, found.options)
     if "result" in found.sums:
-        rule = (found.options["relative_to_probe"],) if found.operator == "alignment" else ()
-        finish = getattr(functions, f"finish_{found.operator}_statistics")
+        operator, options = found.operator, found.options
+        if operator == "probe_and_combine":
+            operator = "probe" if options["published"] else "alignment"
+        rule = (options["relative_to_probe"],) if operator == "alignment" else ()
+        finish = getattr(functions, f"finish_{operator}_statistics")
         result = finish(found.sums["sums"], LOW, HIGH, *rule)
         torch.testing.assert_close(
             found.sums["result"], result, rtol=2e-5, atol=2e-5, equal_nan=True
         )
         # Samples on their own: nothing is added up, and every operation is rounded correctly.
         assert equal_bits(found.sums["result"][:-1], result[:-1]), (found.case, found.options)
+
+
+class InTwo:
+    """`probe_and_combine` by two operators of a backend."""
+
+    def __init__(self, functions: Any) -> None:
+        self.functions = functions
+
+    def probe_and_combine(
+        self, x, p, p_prev, x_prev, probes, residuals, newest, entry_sums, low, high,
+        least_squares, relative_to_probe, by_sample, active, workspace, out,
+    ):  # fmt: skip
+        rest = (probes, newest, entry_sums, low, high)
+        if p_prev is None:
+            last = (relative_to_probe, active, workspace, out)
+            sums, result = self.functions.alignment_statistics(x, p, *rest, *last)
+        else:
+            last = (least_squares, active, workspace, out)
+            sums, result = self.functions.probe_statistics(x, p, p_prev, x_prev, *rest, *last)
+        gamma = result[:-1, 1] if by_sample else result[-1:, 1].expand(x.shape[0])
+        return (
+            sums, result, self.functions.combine_residuals(x, residuals, newest, gamma, active)
+        )  # fmt: skip
 
 
 def assert_same_bits(found: Call, again: Call) -> None:

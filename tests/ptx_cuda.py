@@ -22,15 +22,23 @@ import ptx_machine
 import torch
 from torch import Tensor
 
+from dicache.ops import Results
+
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 90, 100)
-FILES = ("alignment", "combine", "extrapolate", "probe", "record")
+FILES = ("alignment", "combine", "extrapolate", "probe", "probe_and_combine", "record")
 MULTIPROCESSORS = 2  # 8 blocks: enough for the last one to have work
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # as `enum class DType`
 FORMATS = ("4SameI13__nv_bfloat16fE", "4SameI6__halffE", "4SameIffE", "4SameIddE")
 MIXED_FORMATS = ("5MixedIfE", "5MixedIdE")
 STATISTICS = (5, 7, 6)  # columns of each, as `enum class Statistics`
-FLAGS = {"probe": 2, "record": 1}  # template arguments of bool behind the format
+PASSES = [f"NS0_9ProbePassILb{s}ELb{m}EEE" for s in (0, 1) for m in (0, 1)]
+# Template arguments behind the format.
+ARGUMENTS = {
+    "probe": PASSES,
+    "probe_and_combine": [*PASSES, "NS0_13AlignmentPassE"],
+    "record": ["Lb0E", "Lb1E"],
+}
 
 
 def why_not() -> str | None:
@@ -62,10 +70,11 @@ def _compiled(file: str, architecture: int, source: Path) -> str:
 
 def instantiations(file: str) -> list[str]:
     """Patterns of the names of all kernels in a file, from the templates' arguments."""
-    count = FLAGS.get(file, 0)
-    flags = ["".join(f"Lb{n >> i & 1}E" for i in range(count)) for n in range(1 << count)]
+    formats = FORMATS if file == "probe_and_combine" else FORMATS + MIXED_FORMATS
     names = [
-        rf"{file}_kernelINS0_{kind}E{flag}E" for kind in FORMATS + MIXED_FORMATS for flag in flags
+        f"{file}_kernelINS0_{kind}E{argument}E"
+        for kind in formats
+        for argument in ARGUMENTS.get(file, [""])
     ]
     if file == "combine":
         names += [f"finish_kernelI{kind}{_statistics(n)}E" for kind in "fd" for n in (5, 6, 7)]
@@ -104,17 +113,22 @@ class _Rule(Structure):
     _fields_ += [("least_squares", c_bool), ("relative_to_probe", c_bool)]
 
 
+class _Mailbox(Structure):
+    _fields_ = [("data", c_void_p), ("serial", c_int32)]
+    _fields_ += [("promise", c_void_p), ("promise_bytes", c_int64)]
+
+
 class _Probe(Structure):
     _fields_ = [("samples", _Samples), ("x", _Tokens), ("p", _Tokens), ("p_prev", _Tokens)]
     _fields_ += [("x_prev", _Tokens), ("with_input", c_bool), ("q", _Window)]
     _fields_ += [("entry_sums", _EntrySums), ("rule", _Rule)]
-    _fields_ += [("sums", c_void_p), ("result", c_void_p)]
+    _fields_ += [("sums", c_void_p), ("result", c_void_p), ("mailbox", _Mailbox)]
 
 
 class _Alignment(Structure):
     _fields_ = [("samples", _Samples), ("x", _Tokens), ("p", _Tokens), ("q", _Window)]
     _fields_ += [("entry_sums", _EntrySums), ("rule", _Rule)]
-    _fields_ += [("sums", c_void_p), ("result", c_void_p)]
+    _fields_ += [("sums", c_void_p), ("result", c_void_p), ("mailbox", _Mailbox)]
 
 
 class _Finish(Structure):
@@ -147,40 +161,62 @@ class Cuda:
     resident: int = 4
     weak: bool = True
     change: Callable[[str], str] = str  # for mutants
+    watch: Callable[[ptx_machine.Memory], None] | None = None
     source: Path = ROOT / "csrc"
     launched: list[str] = field(default_factory=list)
 
     def probe_statistics(
         self, x, p, p_prev, x_prev, window, newest, entry_sums, low, high,
-        least_squares=False, active=None,
+        least_squares=False, active=None, workspace=None, out=None,
     ):  # fmt: skip
         call = _Call(self, x, newest, active, wide=_wide(x, p))
-        sums, result = call.rows(7 if x_prev is not None else 5)
-        empty = _Tokens(None, 0, DTYPES.index(torch.float32))
-        arguments = _Probe(
-            call.samples(), call.tokens("x", x), call.tokens("p", p),
-            call.tokens("p_prev", p_prev, True),
-            empty if x_prev is None else call.tokens("x_prev", x_prev, True), x_prev is not None,
-            call.window("q", window), call.entry_sums(entry_sums),
-            _Rule(low, high, least_squares, False),
-            call.pointer("sums", sums, True), call.pointer("result", result, True),
-        )  # fmt: skip
-        flags = f"Lb{int(least_squares)}ELb{int(x_prev is not None)}E"
-        call.reduce("probe", f"INS0_{_format(x, p)}E{flags}E", "probe_statistics", arguments)
-        return sums, result
+        out = call.results(7 if x_prev is not None else 5, out)
+        arguments = call.probe(
+            x, p, p_prev, x_prev, window, entry_sums, low, high, least_squares, out
+        )
+        kind = f"INS0_{_format(x, p)}E{_pass(p_prev, x_prev, least_squares)}E"
+        call.reduce("probe", kind, "probe_statistics", [bytes(arguments)])
+        return out.sums, out.result
 
     def alignment_statistics(
-        self, x, p, window, newest, entry_sums, low, high, relative_to_probe=False, active=None
-    ):
+        self, x, p, window, newest, entry_sums, low, high, relative_to_probe=False, active=None,
+        workspace=None, out=None,
+    ):  # fmt: skip
         call = _Call(self, x, newest, active, wide=_wide(x, p))
-        sums, result = call.rows(6)
-        arguments = _Alignment(
-            call.samples(), call.tokens("x", x), call.tokens("p", p), call.window("q", window),
-            call.entry_sums(entry_sums), _Rule(low, high, True, relative_to_probe),
-            call.pointer("sums", sums, True), call.pointer("result", result, True),
+        out = call.results(6, out)
+        arguments = call.alignment(x, p, window, entry_sums, low, high, relative_to_probe, out)
+        kind = f"INS0_{_format(x, p)}EE"
+        call.reduce("alignment", kind, "alignment_statistics", [bytes(arguments)])
+        return out.sums, out.result
+
+    def probe_and_combine(
+        self, x, p, p_prev, x_prev, probe_window, residual_window, newest, entry_sums, low, high,
+        least_squares=False, relative_to_probe=False, by_sample=False, active=None, workspace=None,
+        out=None,
+    ):  # fmt: skip
+        call = _Call(self, x, newest, active, wide=_wide(x, p))
+        rule = (probe_window, entry_sums, low, high)
+        if p_prev is None:
+            out = call.results(6, out)
+            statistics = call.alignment(x, p, *rule, relative_to_probe, out)
+        else:
+            out = call.results(7 if x_prev is not None else 5, out)
+            statistics = call.probe(x, p, p_prev, x_prev, *rule, least_squares, out)
+        y = torch.full(x.shape, -7.0, dtype=residual_window.dtype)
+        first = 1 if by_sample else 2 * call.batch + 1
+        combination = _Combine(
+            call.samples(), call.tokens("x", x), call.window("r", residual_window),
+            call.tokens("y", y, True),
+            _Weights(
+                call.pointer("result", out.result, True) + first * out.result.element_size(),
+                2 if by_sample else 0, call.wide,
+            ),
+            True,
         )  # fmt: skip
-        call.reduce("alignment", f"INS0_{_format(x, p)}EE", "alignment_statistics", arguments)
-        return sums, result
+        kind = f"INS0_{_format(x, p, residual_window)}E{_pass(p_prev, x_prev, least_squares)}E"
+        given = [bytes(statistics), bytes(combination)]
+        call.reduce("probe_and_combine", kind, "probe_statistics", given, together=True)
+        return out.sums, out.result, y
 
     def finish_probe_statistics(self, sums, low, high):
         return self._finish(sums, _Rule(low, high, False, False))
@@ -233,7 +269,8 @@ class Cuda:
             call.entry_sums(entry_sums, True), first,
         )  # fmt: skip
         flag = f"Lb{int(first)}E"
-        call.reduce("record", f"INS0_{_format(x, p, y)}E{flag}E", "record_residuals", arguments)
+        kind = f"INS0_{_format(x, p, y)}E{flag}E"
+        call.reduce("record", kind, "record_residuals", [bytes(arguments)])
 
 
 class _Call:
@@ -268,24 +305,62 @@ class _Call:
     def weights(self, name: str, tensor: Tensor) -> _Weights:
         return _Weights(self.pointer(name, tensor), tensor.stride(0), _wide(tensor))
 
-    def rows(self, columns: int) -> tuple[Tensor, Tensor]:
+    def results(self, columns: int, out: Results | None) -> Results:
+        if out is not None:
+            return out
         dtype = torch.float64 if self.wide else torch.float32
         sums = torch.full((self.batch, columns), -7.0, dtype=dtype)
-        return sums, torch.full((self.batch + 1, 2), -7.0, dtype=dtype)
+        return Results(sums, torch.full((self.batch + 1, 2), -7.0, dtype=dtype))
+
+    def out(self, out: Results) -> tuple[int, int, _Mailbox]:
+        promise = out.promise
+        mailbox = _Mailbox(
+            self.pointer("mailbox", out.mailbox, True), out.serial,
+            self.pointer("promise", promise), 0 if promise is None else promise.element_size(),
+        )  # fmt: skip
+        sums, result = (
+            self.pointer("sums", out.sums, True),
+            self.pointer("result", out.result, True),
+        )
+        return sums, result, mailbox
+
+    def probe(
+        self, x, p, p_prev, x_prev, window, entry_sums, low, high, least_squares, out
+    ) -> _Probe:
+        empty = _Tokens(None, 0, DTYPES.index(torch.float32))
+        return _Probe(
+            self.samples(), self.tokens("x", x), self.tokens("p", p),
+            self.tokens("p_prev", p_prev, True),
+            empty if x_prev is None else self.tokens("x_prev", x_prev, True), x_prev is not None,
+            self.window("q", window), self.entry_sums(entry_sums),
+            _Rule(low, high, least_squares, False), *self.out(out),
+        )  # fmt: skip
+
+    def alignment(self, x, p, window, entry_sums, low, high, relative_to_probe, out) -> _Alignment:
+        return _Alignment(
+            self.samples(), self.tokens("x", x), self.tokens("p", p), self.window("q", window),
+            self.entry_sums(entry_sums), _Rule(low, high, True, relative_to_probe), *self.out(out),
+        )  # fmt: skip
 
     def plan(self, operator: str) -> Any:
         from dicache import _build_info
 
         return _build_info.launch_plan(operator, self.batch, self.size, MULTIPROCESSORS)
 
-    def reduce(self, file: str, kind: str, operator: str, arguments: Structure) -> None:
+    def reduce(
+        self, file: str, kind: str, operator: str, given: list, together: bool = False
+    ) -> None:
+        """`together`: all blocks are resident, as in a cooperative launch."""
         plan = self.plan(operator)
-        # Partial sums that nobody wrote are NaN; the ticket alone is zero before and after.
+        # Partial sums that nobody wrote are NaN, and the count of rounds is any number; the ticket
+        # alone is zero before and after.
         workspace = torch.full((plan["workspace_bytes"],), 0xFF, dtype=torch.uint8)
         workspace[:4] = 0
-        given = [bytes(arguments), plan["blocks"] // self.batch]
+        given = [*given, plan["blocks"] // self.batch]
         given.append(self.pointer("workspace", workspace, True))
-        self.launch(file, f"{file}_kernel{kind}", given, plan["blocks"], plan["threads"])
+        resident = plan["blocks"] if together else None
+        name = f"{file}_kernel{kind}"
+        self.launch(file, name, given, plan["blocks"], plan["threads"], resident)
         assert not workspace[:4].any(), "the ticket is not zero behind the launch"
 
     def elementwise(self, file: str, kind: str, operator: str, arguments: Structure) -> None:
@@ -294,11 +369,19 @@ class _Call:
         name = f"{file}_kernelINS0_{kind}EE"
         self.launch(file, name, given, plan["blocks"], plan["threads"])
 
-    def launch(self, file: str, name: str, given: list, blocks: int, threads: int) -> None:
+    def launch(
+        self,
+        file: str,
+        name: str,
+        given: list,
+        blocks: int,
+        threads: int,
+        resident: int | None = None,
+    ) -> None:
         cuda = self.cuda
         program = _program(file, name, cuda.architecture, cuda.change, cuda.source)
         cuda.launched.append(program.name)
-        options = {"resident": cuda.resident, "weak": cuda.weak}
+        options = {"resident": resident or cuda.resident, "weak": cuda.weak, "watch": cuda.watch}
         ptx_machine.launch(program, self.memory, given, (blocks,), threads, cuda.seed, **options)
         self.memory.copy_back()
 
@@ -306,6 +389,13 @@ class _Call:
 @functools.cache
 def _program(file, name, architecture, change, source) -> ptx_machine.Program:
     return ptx_machine.parse(change(compiled(file, architecture, source)), re.escape(name))
+
+
+def _pass(p_prev: Tensor | None, x_prev: Tensor | None, least_squares: bool) -> str:
+    """The template's argument for what is added up."""
+    if p_prev is None:
+        return "NS0_13AlignmentPassE"
+    return PASSES[2 * least_squares + (x_prev is not None)]
 
 
 def _wide(*tensors: Tensor) -> bool:

@@ -13,13 +13,13 @@ import os
 import subprocess
 import sys
 
-import emulated_cuda
 import overlaps
 import pytest
 import torch
 from fuzzing import draws
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from operator_backends import Backend, why_not
 from operator_cases import SENTINEL, Case, Layout, cases
 from torch import Tensor
 
@@ -33,52 +33,6 @@ FUZZ = draws(
     60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-class Backend:
-    """One backend's operators and the device they run on."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.device = "cuda" if name in ("cuda", "triton") else "cpu"
-        if name == "emulated":
-            self.ops = emulated_cuda.load()
-        else:
-            self.ops = ops.resolve_backend(name, torch.device(self.device))
-
-    def __repr__(self) -> str:
-        return self.name
-
-    def workspace(self, x: Tensor) -> Tensor:
-        """A workspace whose partial sums are NaN: reading one that was not written shows."""
-        workspace = ops.make_workspace(x)
-        if self.name == "emulated":
-            workspace = torch.zeros(128 + 64 * 1024, dtype=torch.uint8)
-        workspace[128:] = 0xFF
-        return workspace
-
-
-def why_not(name: str) -> str | None:
-    status = ops.backend_status()[name]
-    return None if status == "available" else status
-
-
-@pytest.fixture(
-    params=[
-        "reference",
-        "cpp",
-        "emulated",
-        pytest.param("cuda", marks=pytest.mark.gpu),
-        pytest.param("triton", marks=pytest.mark.gpu),
-    ]
-)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """`emulated` is the CUDA kernels on a CPU (tests/cuda_emulator)."""
-    name = request.param
-    missing = emulated_cuda.why_not() if name == "emulated" else why_not(name)
-    if missing is not None:
-        pytest.skip(f"{name}: {missing}")
-    return Backend(name)
 
 
 def to_wide(tensor: Tensor) -> Tensor:
@@ -778,9 +732,21 @@ def sample_arguments(device: str = "cpu") -> dict[str, tuple]:
     sums = draw(2, 4).abs()
     shared = (probes, newest, sums, 0.0, 2.0)
     extrapolated = (x, p, residuals, y, probes, newest, sums[:, :3])
+
+    def out_of(columns: int) -> tuple:  # active, workspace, Results; the device's memory is one
+        out = ops.make_results(x, p, columns)._replace(serial=3, promise=sums[0, :1])
+        return None, None, *out._replace(mailbox=out.mailbox.to(device))
+
     return {
         "probe_statistics": (x, p, p_prev, x_prev, *shared),
+        "probe_statistics_out": (x, p, p_prev, x_prev, *shared, True, *out_of(7)),
         "alignment_statistics": (x, p, *shared),
+        "alignment_statistics_out": (x, p, *shared, True, *out_of(6)),
+        "probe_and_combine": (x, p, p_prev, None, probes, residuals, *shared[1:]),
+        "probe_and_combine_out": (
+            *(x, p, None, None, probes, residuals, *shared[1:]),
+            *(False, True, True, *out_of(6)),
+        ),
         "finish_probe_statistics": (draw(2, 5).abs(), 0.0, 2.0),
         "finish_alignment_statistics": (draw(2, 6).abs(), 0.0, 2.0),
         "combine_residuals": (x, residuals, newest, sums[:, 0]),

@@ -8,6 +8,7 @@ calls that are new in every run. What this can show is in docs/design/ptx_machin
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import re
 import shutil
@@ -48,16 +49,23 @@ triton = pytest.mark.skipif(
 
 FORMATS = {"bf16": (BF16,), "fp16": (FP16,), "fp32": (FP32,), "fp64": (FP64,)}
 FORMATS |= {"mixed": (BF16, FP16, FP32), "mixed fp64": (BF16, FP16, FP32, FP64)}
-FLAGS = {"probe": ("least_squares", "minus"), "record": ("first",)}
+FLAGS = {
+    "probe": ("least_squares", "minus"),
+    "probe_and_combine": ("published", "least_squares", "minus"),
+    "record": ("first",),
+}
 # Which tensors' dtypes choose the instantiation.
 CHOOSE = {"probe": "xp", "alignment": "xp", "combine": "xy", "extrapolate": "xpy", "record": "xpy"}
+CHOOSE |= {"probe_and_combine": "xpy"}
 
 # (operator, format, flags): every instantiation that nvcc makes but those of `finish`.
 INSTANTIATIONS = [
-    (operator, kind, tuple(bool(n >> i & 1) for i in range(len(FLAGS.get(operator, ())))))
+    (operator, kind, flags)
     for operator in FILES
     for kind in FORMATS
-    for n in range(2 ** len(FLAGS.get(operator, ())))
+    for flags in itertools.product((False, True), repeat=len(FLAGS.get(operator, ())))
+    if operator != "probe_and_combine"
+    or ("mixed" not in kind and (flags[0] or flags == (False, False, False)))
 ]
 SOME = [
     ("alignment", "bf16", ()),
@@ -69,12 +77,14 @@ SOME = [
     ("probe", "bf16", (True, True)),
     ("probe", "fp32", (False, False)),
     ("probe", "mixed", (False, True)),
+    ("probe_and_combine", "bf16", (False, False, False)),
+    ("probe_and_combine", "fp32", (True, False, True)),
     ("record", "bf16", (False,)),
     ("record", "fp16", (True,)),
     ("record", "fp64", (False,)),
 ]
 # One architecture a file where there is time for one only.
-ONE = dict(zip(FILES, (100, 80, 90, 80, 90), strict=True))
+ONE = dict(zip(FILES, (100, 80, 90, 80, 90, 90), strict=True))
 CUDA = [(*i, a) for i in INSTANTIATIONS for a in ARCHITECTURES]
 CUDA = CUDA if FACTOR else [(*i, ONE[i[0]]) for i in SOME]
 
@@ -105,6 +115,9 @@ def test_cuda(operator: str, kind: str, flags: tuple, architecture: int, seed: i
     ]
     ptx_calls.assert_equal(found[0], call.make(ops), ops)
     ptx_calls.assert_same_bits(found[0], found[-1])
+    if operator == "probe_and_combine":
+        in_two = call.make(ptx_calls.InTwo(Cuda(architecture, rng.randrange(2**32))))
+        ptx_calls.assert_same_bits(found[0], in_two)
 
 
 @in_fuzz

@@ -89,8 +89,13 @@ void conclude(const Arguments& arguments, const std::vector<double>& totals) {
     read_entry_sums(entry_sums, arguments.entry_sums, sample);
     Terms::columns(row, sums, entry_sums);
   }
-  finish_rows(static_cast<T*>(arguments.result), rows, arguments.samples.batch, Terms::kKind,
-              arguments.rule);
+  T* result = static_cast<T*>(arguments.result);
+  finish_rows(result, rows, arguments.samples.batch, Terms::kKind, arguments.rule);
+  if (arguments.mailbox.data != nullptr) {
+    fill_mailbox(arguments.mailbox, result, 2 * (arguments.samples.batch + 1));
+    __atomic_store_n(static_cast<int32_t*>(arguments.mailbox.data), arguments.mailbox.serial,
+                     __ATOMIC_RELEASE);
+  }
 }
 
 template <class Terms, class Arguments>
@@ -103,7 +108,7 @@ class Cpu {
  public:
   Cpu(const Tensor&, const std::optional<Tensor>&) {}
 
-  void probe(const ProbeArguments& arguments) const {
+  void statistics(const ProbeArguments& arguments) const {
     const auto& body = bodies(arguments.samples.is_wide, {arguments.x.dtype, arguments.p.dtype});
     const auto totals = reduce(body.probe, arguments);
     if (arguments.rule.least_squares) {
@@ -115,7 +120,7 @@ class Cpu {
     }
   }
 
-  void alignment(const AlignmentArguments& arguments) const {
+  void statistics(const AlignmentArguments& arguments) const {
     const auto& body = bodies(arguments.samples.is_wide, {arguments.x.dtype, arguments.p.dtype});
     conclude<AlignmentTerms>(arguments, reduce(body.alignment, arguments));
   }
@@ -127,6 +132,17 @@ class Cpu {
                       : finish_rows(static_cast<float*>(arguments.result),
                                     static_cast<const float*>(arguments.sums), arguments.batch,
                                     arguments.kind, arguments.rule);
+  }
+
+  void expect_writable(const std::optional<Tensor>& mailbox) const {
+    DICACHE_EXPECT(!mailbox || mailbox->is_cpu(),
+                   "mailbox is not on the CPU, but x is. Expected memory that x's device writes.");
+  }
+
+  template <class Arguments>
+  void probe_and_combine(const Arguments& arguments, const CombineArguments& combination) const {
+    statistics(arguments);
+    combine(combination);
   }
 
   void combine(const CombineArguments& arguments) const {

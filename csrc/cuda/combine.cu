@@ -2,8 +2,9 @@
 //
 // `finish` is here too: the tiny launch that turns sums, perhaps all-reduced ones, into (error,
 // gamma).
+#include "cuda/combine.cuh"
+
 #include "cuda/launch.h"
-#include "cuda/reduction.cuh"
 
 namespace dicache::cuda {
 namespace {
@@ -20,34 +21,11 @@ __global__ void __launch_bounds__(kGpuThreads)
   if (!is_active && !arguments.fills) {
     return;
   }
-  const Sample x = sample_of(arguments.x, part.sample);
-  const Sample y = sample_of(arguments.y, part.sample);
-  const Sample r0 = sample_of(arguments.r, 0, part.sample);
-  const Sample r1 = sample_of(arguments.r, 1, part.sample);
-  const auto load = [&](auto width, int64_t index) {
-    constexpr int k = decltype(width)::value;
-    struct {
-      typename Format::template Block<k> x, r0, r1;
-    } loaded{Format::template load<k>(x, index), Format::template load<k>(r0, index),
-             Format::template load<k>(r1, index)};
-    return loaded;
+  const auto how = [&] {
+    return Combination<T>{arguments.samples.new_entry(part.sample),
+                          read_weight<T>(arguments.gamma, part.sample)};
   };
-  const auto use = [&](auto width, int64_t index, const auto& loaded) {
-    constexpr int k = decltype(width)::value;
-    const int newer = arguments.samples.new_entry(part.sample);
-    const T gamma = read_weight<T>(arguments.gamma, part.sample);
-    T values[k];
-#pragma unroll
-    for (int i = 0; i < k; ++i) {
-      const T first = Format::value(loaded.r0, i), second = Format::value(loaded.r1, i);
-      const T sum = combine(Format::value(loaded.x, i), newer == 0 ? second : first,
-                            newer == 0 ? first : second, gamma);
-      values[i] = is_active ? sum : T(0);
-    }
-    store_tokens<Format>(y, index, values);
-  };
-  const bool aligned = are_aligned(x, y, r0, r1);
-  walk<Format, 1>(part, arguments.samples.size, aligned, load, use);
+  combine_part<Format, 1>(arguments, part, is_active, how);
 }
 
 // One thread: a few numbers a sample. kKind is known so that the rows stay in registers.

@@ -1,5 +1,6 @@
-// What only a GPU does: the launch and the ticket. tests/cuda_emulator/ has the same names for a
-// CPU, so that the kernels can be tested, indices, tails, aliases and all, where there is no GPU.
+// What only a GPU does: launches, and memory that several blocks, or the host, look at.
+// tests/cuda_emulator/ has the same names for a CPU, so that the kernels can be tested, indices,
+// tails, aliases and all, where there is no GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,6 +17,24 @@ cudaError_t launch(cudaStream_t stream, int64_t blocks, int threads, void (*kern
                    const std::type_identity_t<Parameters>&... arguments) {
   kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(arguments...);
   return cudaGetLastError();
+}
+
+// All blocks are resident at once, so that they may wait for each other; refused where they cannot
+// be.
+template <class... Parameters>
+cudaError_t launch_cooperative(cudaStream_t stream, int64_t blocks, int threads,
+                               void (*kernel)(Parameters...),
+                               const std::type_identity_t<Parameters>&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = threads;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // One 16-byte store. The compiler takes a plain one apart where the parts come from fp64 registers.
@@ -37,5 +56,23 @@ __device__ __forceinline__ unsigned take_ticket(void* counter, unsigned last) {
                : "memory");
   return ticket;
 }
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* from) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release(unsigned* to, unsigned value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");
+}
+
+// The host that sees this value sees what the block stored before, too.
+__device__ __forceinline__ void store_for_the_host(void* to, int value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");
+}
+
+// In a loop that waits for another block.
+__device__ __forceinline__ void wait_for_other_blocks() {}
 
 }  // namespace dicache::cuda

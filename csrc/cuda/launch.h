@@ -17,11 +17,18 @@ struct Reduction {
   cudaStream_t stream;
 };
 
-cudaError_t launch_probe(const ProbeArguments& arguments, const Reduction& reduction);
-cudaError_t launch_alignment(const AlignmentArguments& arguments, const Reduction& reduction);
+cudaError_t launch_statistics(const ProbeArguments& arguments, const Reduction& reduction);
+cudaError_t launch_statistics(const AlignmentArguments& arguments, const Reduction& reduction);
 cudaError_t launch_record(const RecordArguments& arguments, const Reduction& reduction);
 cudaError_t launch_combine(const CombineArguments& arguments, cudaStream_t stream);
 cudaError_t launch_extrapolate(const ExtrapolateArguments& arguments, cudaStream_t stream);
+// x, p and the residuals have one dtype. Refused where not all blocks can be resident.
+cudaError_t launch_probe_and_combine(const ProbeArguments& arguments,
+                                     const CombineArguments& combination,
+                                     const Reduction& reduction);
+cudaError_t launch_probe_and_combine(const AlignmentArguments& arguments,
+                                     const CombineArguments& combination,
+                                     const Reduction& reduction);
 cudaError_t launch_finish(const FinishArguments& arguments, cudaStream_t stream);
 
 }  // namespace dicache::cuda

@@ -38,12 +38,31 @@ class Cuda {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  void probe(const ProbeArguments& arguments) {
-    expect_launched(cuda::launch_probe(arguments, reduction(arguments.samples)));
+  // A GPU writes to its own memory and to host memory that is mapped for it: pinned.
+  void expect_writable(const std::optional<Tensor>& mailbox) const {
+    if (!mailbox || (mailbox->is_cuda() && mailbox->get_device_index() == device_)) {
+      return;
+    }
+    cudaPointerAttributes attributes{};
+    const cudaError_t error = cudaPointerGetAttributes(&attributes, mailbox->data_ptr());
+    DICACHE_EXPECT(error == cudaSuccess && attributes.type == cudaMemoryTypeHost,
+                   "mailbox is in memory that x's device cannot write. Expected pinned host "
+                   "memory, from dicache.ops.make_results.");
   }
 
-  void alignment(const AlignmentArguments& arguments) {
-    expect_launched(cuda::launch_alignment(arguments, reduction(arguments.samples)));
+  template <class Arguments>
+  void statistics(const Arguments& arguments) {
+    expect_launched(cuda::launch_statistics(arguments, reduction(arguments.samples)));
+  }
+
+  // One launch, or two where not all blocks can be resident.
+  template <class Arguments>
+  void probe_and_combine(const Arguments& arguments, const CombineArguments& combination) {
+    const cuda::Reduction reduction = this->reduction(arguments.samples);
+    if (!is_launched_as_one(arguments, combination, reduction)) {
+      expect_launched(cuda::launch_statistics(arguments, reduction));
+      expect_launched(cuda::launch_combine(combination, stream_));
+    }
   }
 
   void record(const RecordArguments& arguments) {
@@ -65,6 +84,29 @@ class Cuda {
   }
 
  private:
+  template <class Arguments>
+  bool is_launched_as_one(const Arguments& arguments, const CombineArguments& combination,
+                          const cuda::Reduction& reduction) const {
+    const DType dtype = arguments.x.dtype;
+    const int64_t room = int64_t{kBlocksPerMultiprocessor} * multiprocessors_of(device_);
+    if (arguments.p.dtype != dtype || combination.r.dtype != dtype ||
+        reduction.plan.blocks > room) {
+      return false;
+    }
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (cudaStreamIsCapturing(stream_, &status) != cudaSuccess ||
+        status != cudaStreamCaptureStatusNone) {
+      return false;
+    }
+    const cudaError_t error = cuda::launch_probe_and_combine(arguments, combination, reduction);
+    if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
+      cudaGetLastError();  // a part of the GPU, under MPS or a green context: no error of anybody
+      return false;
+    }
+    expect_launched(error);
+    return true;
+  }
+
   // The dispatcher may come here for a CPU x if another argument lies on a GPU.
   static int device_of(const Tensor& x) {
     DICACHE_EXPECT(x.is_cuda(),

@@ -121,18 +121,32 @@ __device__ __forceinline__ void conclude(const Arguments& arguments, void* works
   if (threadIdx.x == 0) {
     finish(result + 2 * arguments.samples.batch, batch_row, Terms::kKind, arguments.rule);
   }
-}
-
-// Calls launch(Format{}) for the tensors' dtypes: one of them all, or a mixture.
-template <class Launch>
-cudaError_t with_format(bool is_wide, std::initializer_list<DType> dtypes, const Launch& launch) {
-  const DType first = *dtypes.begin();
-  for (const DType dtype : dtypes) {
-    if (dtype != first) {
-      return is_wide ? launch(Mixed<double>{}) : launch(Mixed<float>{});
+  if (arguments.mailbox.data != nullptr) {
+    __syncthreads();
+    fill_mailbox(arguments.mailbox, result, 2 * (arguments.samples.batch + 1), threadIdx.x,
+                 kGpuThreads);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      store_for_the_host(arguments.mailbox.data, arguments.mailbox.serial);
     }
   }
-  switch (first) {
+}
+
+// The second word of a workspace counts the rounds of launches that wait for their whole grid. It
+// is never set back: a block only looks for a change.
+__device__ __forceinline__ unsigned current_round(const void* workspace) {
+  return load_acquire(static_cast<const unsigned*>(workspace) + 1);
+}
+
+// Publishes what this block did to all blocks that see the new round.
+__device__ __forceinline__ void begin_round(void* workspace, unsigned round) {
+  store_release(static_cast<unsigned*>(workspace) + 1, round);
+}
+
+// Calls launch(Format{}) for tensors of one dtype.
+template <class Launch>
+cudaError_t with_one_dtype(DType dtype, const Launch& launch) {
+  switch (dtype) {
     case DType::kBFloat16:
       return launch(Same<__nv_bfloat16, float>{});
     case DType::kFloat16:
@@ -142,6 +156,17 @@ cudaError_t with_format(bool is_wide, std::initializer_list<DType> dtypes, const
     default:
       return launch(Same<double, double>{});
   }
+}
+
+// Calls launch(Format{}) for the tensors' dtypes: one of them all, or a mixture.
+template <class Launch>
+cudaError_t with_format(bool is_wide, std::initializer_list<DType> dtypes, const Launch& launch) {
+  for (const DType dtype : dtypes) {
+    if (dtype != *dtypes.begin()) {
+      return is_wide ? launch(Mixed<double>{}) : launch(Mixed<float>{});
+    }
+  }
+  return with_one_dtype(*dtypes.begin(), launch);
 }
 
 }  // namespace dicache::cuda

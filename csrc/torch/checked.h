@@ -187,6 +187,44 @@ class Reader {
     return weights_of("weights", tensor, is_wide);
   }
 
+  // Results that the caller gave, [rows, columns] each.
+  void results(const char* name, const Tensor& tensor, int64_t rows, int64_t columns,
+               bool is_wide) const {
+    DICACHE_EXPECT(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns &&
+                       is_dense(tensor, 0),
+                   name, " has shape ", shape_of(tensor), " and strides ", shape_of(tensor, true),
+                   ". Expected [", rows, ", ", columns, "] and contiguous.");
+    expect_type(name, tensor, is_wide ? ScalarType::Double : ScalarType::Float,
+                "the dtype of the sums, ");
+    expect_device(name, tensor);
+  }
+
+  // Whether a device may write to it is the backend's to say.
+  Mailbox mailbox(const std::optional<Tensor>& tensor, int64_t serial,
+                  const std::optional<Tensor>& promise, bool is_wide) const {
+    if (!tensor) {
+      return {nullptr, 0, nullptr, 0};
+    }
+    const int64_t num_bytes = kMailboxResult + 2 * (batch_ + 1) * (is_wide ? 8 : 4);
+    DICACHE_EXPECT(is_dense(*tensor, 0) && tensor->scalar_type() == ScalarType::Byte &&
+                       tensor->numel() >= num_bytes &&
+                       reinterpret_cast<uintptr_t>(tensor->data_ptr()) % 16 == 0,
+                   "mailbox has ", tensor->numel(), " elements of ", name_of(tensor->scalar_type()),
+                   ". Expected at least ", num_bytes,
+                   " contiguous bytes (uint8, aligned to 16), from dicache.ops.make_results.");
+    DICACHE_EXPECT(serial > 0 && serial <= INT32_MAX, "serial is ", serial,
+                   ". Expected 1 to 2^31 - 1, another one than in the call before.");
+    if (!promise) {
+      return {tensor->data_ptr(), static_cast<int32_t>(serial), nullptr, 0};
+    }
+    expect_device("promise", *promise);
+    const int64_t bytes = promise->element_size();
+    DICACHE_EXPECT(promise->numel() == 1 && bytes <= kMailboxResult - kMailboxPromise,
+                   "promise has ", promise->numel(), " elements of ", bytes,
+                   " bytes. Expected one number of at most 8 bytes.");
+    return {tensor->data_ptr(), static_cast<int32_t>(serial), promise->data_ptr(), bytes};
+  }
+
   static bool is_wide_sum(const char* name, const Tensor& tensor) {
     const DType dtype = dtype_of(name, tensor);
     DICACHE_EXPECT(dtype == DType::kFloat32 || dtype == DType::kFloat64, name, " has dtype ",
@@ -296,6 +334,13 @@ inline void expect_apart(const char* read_name, const Rows& read, const char* wr
       !do_overlap(read, written, true), read_name, " overlaps ", written_name,
       ", which is written. Expected the same memory in the same dtype, sample for sample, or "
       "memory of its own.");
+}
+
+// What is read once more after the other was written.
+inline void expect_kept(const char* read_name, const Rows& read, const char* written_name,
+                        const Rows& written) {
+  DICACHE_EXPECT(!do_overlap(read, written, false), read_name, " overlaps ", written_name,
+                 ", which is written before it is read again. Expected memory of its own.");
 }
 
 // What two tensors keep has to lie in two places.

@@ -63,26 +63,24 @@ struct Operators {
       Tensor x, Tensor p, Tensor p_prev, std::optional<Tensor> x_prev, Tensor probe_window,
       Tensor newest, Tensor entry_sums, double low, double high, bool least_squares,
       std::optional<Tensor> active, std::optional<Tensor> workspace) {
-    const Reader read(x);
-    const bool wide = is_wide({&x, &p});
-    ProbeArguments arguments{read.samples(newest, active, wide),
-                             read.tokens("x", x),
-                             read.tokens("p", p),
-                             read.tokens("p_prev", p_prev, p),
-                             read.tokens("x_prev", x_prev, x),
-                             x_prev.has_value(),
-                             read.window("probe_window", probe_window, p),
-                             read.entry_sums(entry_sums),
-                             rule_of(low, high, least_squares, false),
-                             nullptr,
-                             nullptr};
-    expect_separate(arguments);
-    Tensor sums = make_rows(x, read.batch(), x_prev ? 7 : 5, wide);
-    Tensor result = make_rows(x, read.batch() + 1, 2, wide);
-    arguments.sums = sums.data_ptr();
-    arguments.result = result.data_ptr();
-    Backend(x, workspace).probe(arguments);
-    return {sums, result};
+    const Results results = make_results(x, p, x_prev ? 7 : 5);
+    Backend(x, workspace)
+        .statistics(probe_arguments(x, p, p_prev, x_prev, probe_window, newest, entry_sums, low,
+                                    high, least_squares, active, results));
+    return {results.sums, results.result};
+  }
+
+  static void probe_statistics_out(Tensor x, Tensor p, Tensor p_prev, std::optional<Tensor> x_prev,
+                                   Tensor probe_window, Tensor newest, Tensor entry_sums,
+                                   double low, double high, bool least_squares,
+                                   std::optional<Tensor> active, std::optional<Tensor> workspace,
+                                   Tensor sums, Tensor result, std::optional<Tensor> mailbox,
+                                   int64_t serial, std::optional<Tensor> promise) {
+    const Results results{sums, result, mailbox, serial, promise};
+    Backend backend(x, workspace);
+    backend.expect_writable(mailbox);
+    backend.statistics(probe_arguments(x, p, p_prev, x_prev, probe_window, newest, entry_sums, low,
+                                       high, least_squares, active, results));
   }
 
   static std::tuple<Tensor, Tensor> alignment_statistics(Tensor x, Tensor p, Tensor probe_window,
@@ -91,22 +89,52 @@ struct Operators {
                                                          bool relative_to_probe,
                                                          std::optional<Tensor> active,
                                                          std::optional<Tensor> workspace) {
-    const Reader read(x);
-    const bool wide = is_wide({&x, &p});
-    AlignmentArguments arguments{read.samples(newest, active, wide),
-                                 read.tokens("x", x),
-                                 read.tokens("p", p),
-                                 read.window("probe_window", probe_window, p),
-                                 read.entry_sums(entry_sums),
-                                 rule_of(low, high, true, relative_to_probe),
-                                 nullptr,
-                                 nullptr};
-    Tensor sums = make_rows(x, read.batch(), AlignmentTerms::kColumns, wide);
-    Tensor result = make_rows(x, read.batch() + 1, 2, wide);
-    arguments.sums = sums.data_ptr();
-    arguments.result = result.data_ptr();
-    Backend(x, workspace).alignment(arguments);
-    return {sums, result};
+    const Results results = make_results(x, p, AlignmentTerms::kColumns);
+    Backend(x, workspace)
+        .statistics(alignment_arguments(x, p, probe_window, newest, entry_sums, low, high,
+                                        relative_to_probe, active, results));
+    return {results.sums, results.result};
+  }
+
+  static void alignment_statistics_out(Tensor x, Tensor p, Tensor probe_window, Tensor newest,
+                                       Tensor entry_sums, double low, double high,
+                                       bool relative_to_probe, std::optional<Tensor> active,
+                                       std::optional<Tensor> workspace, Tensor sums, Tensor result,
+                                       std::optional<Tensor> mailbox, int64_t serial,
+                                       std::optional<Tensor> promise) {
+    const Results results{sums, result, mailbox, serial, promise};
+    Backend backend(x, workspace);
+    backend.expect_writable(mailbox);
+    backend.statistics(alignment_arguments(x, p, probe_window, newest, entry_sums, low, high,
+                                           relative_to_probe, active, results));
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> probe_and_combine(
+      Tensor x, Tensor p, std::optional<Tensor> p_prev, std::optional<Tensor> x_prev,
+      Tensor probe_window, Tensor residual_window, Tensor newest, Tensor entry_sums, double low,
+      double high, bool least_squares, bool relative_to_probe, bool by_sample,
+      std::optional<Tensor> active, std::optional<Tensor> workspace) {
+    const Results results = make_results(x, p, p_prev ? (x_prev ? 7 : 5) : 6);
+    Tensor y = probe_and_combine_into(x, p, p_prev, x_prev, probe_window, residual_window, newest,
+                                      entry_sums, low, high, least_squares, relative_to_probe,
+                                      by_sample, active, Backend(x, workspace), results);
+    return {results.sums, results.result, y};
+  }
+
+  static Tensor probe_and_combine_out(Tensor x, Tensor p, std::optional<Tensor> p_prev,
+                                      std::optional<Tensor> x_prev, Tensor probe_window,
+                                      Tensor residual_window, Tensor newest, Tensor entry_sums,
+                                      double low, double high, bool least_squares,
+                                      bool relative_to_probe, bool by_sample,
+                                      std::optional<Tensor> active, std::optional<Tensor> workspace,
+                                      Tensor sums, Tensor result, std::optional<Tensor> mailbox,
+                                      int64_t serial, std::optional<Tensor> promise) {
+    const Results results{sums, result, mailbox, serial, promise};
+    Backend backend(x, workspace);
+    backend.expect_writable(mailbox);
+    return probe_and_combine_into(x, p, p_prev, x_prev, probe_window, residual_window, newest,
+                                  entry_sums, low, high, least_squares, relative_to_probe,
+                                  by_sample, active, std::move(backend), results);
   }
 
   static Tensor finish_probe_statistics(Tensor sums, double low, double high) {
@@ -169,7 +197,11 @@ struct Operators {
 
   static void register_all(torch::stable::detail::StableLibrary& library) {
     library.impl("probe_statistics", TORCH_BOX(&probe_statistics));
+    library.impl("probe_statistics_out", TORCH_BOX(&probe_statistics_out));
     library.impl("alignment_statistics", TORCH_BOX(&alignment_statistics));
+    library.impl("alignment_statistics_out", TORCH_BOX(&alignment_statistics_out));
+    library.impl("probe_and_combine", TORCH_BOX(&probe_and_combine));
+    library.impl("probe_and_combine_out", TORCH_BOX(&probe_and_combine_out));
     library.impl("finish_probe_statistics", TORCH_BOX(&finish_probe_statistics));
     library.impl("finish_alignment_statistics", TORCH_BOX(&finish_alignment_statistics));
     library.impl("combine_residuals", TORCH_BOX(&combine_residuals));
@@ -180,6 +212,107 @@ struct Operators {
   }
 
  private:
+  // What statistics write, made here or given.
+  struct Results {
+    Tensor sums, result;
+    std::optional<Tensor> mailbox;
+    int64_t serial;
+    std::optional<Tensor> promise;
+  };
+
+  static Results make_results(const Tensor& x, const Tensor& p, int64_t columns) {
+    const int64_t batch = Reader(x).batch();
+    const bool wide = is_wide({&x, &p});
+    return {make_rows(x, batch, columns, wide), make_rows(x, batch + 1, 2, wide), std::nullopt, 0,
+            std::nullopt};
+  }
+
+  static ProbeArguments probe_arguments(const Tensor& x, const Tensor& p, const Tensor& p_prev,
+                                        const std::optional<Tensor>& x_prev,
+                                        const Tensor& probe_window, const Tensor& newest,
+                                        const Tensor& entry_sums, double low, double high,
+                                        bool least_squares, const std::optional<Tensor>& active,
+                                        const Results& results) {
+    const Reader read(x);
+    const bool wide = is_wide({&x, &p});
+    read.results("sums", results.sums, read.batch(), x_prev ? 7 : 5, wide);
+    read.results("result", results.result, read.batch() + 1, 2, wide);
+    const ProbeArguments arguments{
+        read.samples(newest, active, wide),
+        read.tokens("x", x),
+        read.tokens("p", p),
+        read.tokens("p_prev", p_prev, p),
+        read.tokens("x_prev", x_prev, x),
+        x_prev.has_value(),
+        read.window("probe_window", probe_window, p),
+        read.entry_sums(entry_sums),
+        rule_of(low, high, least_squares, false),
+        results.sums.data_ptr(),
+        results.result.data_ptr(),
+        read.mailbox(results.mailbox, results.serial, results.promise, wide)};
+    expect_separate(arguments);
+    return arguments;
+  }
+
+  static AlignmentArguments alignment_arguments(const Tensor& x, const Tensor& p,
+                                                const Tensor& probe_window, const Tensor& newest,
+                                                const Tensor& entry_sums, double low, double high,
+                                                bool relative_to_probe,
+                                                const std::optional<Tensor>& active,
+                                                const Results& results) {
+    const Reader read(x);
+    const bool wide = is_wide({&x, &p});
+    read.results("sums", results.sums, read.batch(), AlignmentTerms::kColumns, wide);
+    read.results("result", results.result, read.batch() + 1, 2, wide);
+    return {read.samples(newest, active, wide),
+            read.tokens("x", x),
+            read.tokens("p", p),
+            read.window("probe_window", probe_window, p),
+            read.entry_sums(entry_sums),
+            rule_of(low, high, true, relative_to_probe),
+            results.sums.data_ptr(),
+            results.result.data_ptr(),
+            read.mailbox(results.mailbox, results.serial, results.promise, wide)};
+  }
+
+  static Tensor probe_and_combine_into(const Tensor& x, const Tensor& p,
+                                       const std::optional<Tensor>& p_prev,
+                                       const std::optional<Tensor>& x_prev,
+                                       const Tensor& probe_window, const Tensor& residual_window,
+                                       const Tensor& newest, const Tensor& entry_sums, double low,
+                                       double high, bool least_squares, bool relative_to_probe,
+                                       bool by_sample, const std::optional<Tensor>& active,
+                                       Backend backend, const Results& results) {
+    DICACHE_EXPECT(p_prev || !x_prev, "x_prev is given without p_prev. Expected both, or p_prev.");
+    const bool wide = is_wide({&x, &p});
+    DICACHE_EXPECT(wide == is_wide({&x, &residual_window}), "p has dtype ",
+                   name_of(p.scalar_type()), ", residual_window ",
+                   name_of(residual_window.scalar_type()), " and x ", name_of(x.scalar_type()),
+                   ". Expected float64 in both or none of (x, p) and (x, residual_window).");
+    Tensor y = make_output(x, residual_window);
+    const Reader read(x);
+    const Samples samples = read.samples(newest, active, wide);
+    const CombineArguments combination{
+        samples,
+        read.tokens("x", x),
+        read.window("residual_window", residual_window),
+        read.tokens("y", y),
+        gamma_in(results.result.data_ptr(), samples, by_sample, wide),
+        true};
+    if (p_prev) {
+      const auto statistics =
+          probe_arguments(x, p, *p_prev, x_prev, probe_window, newest, entry_sums, low, high,
+                          least_squares, active, results);
+      expect_separate(statistics, combination);
+      backend.probe_and_combine(statistics, combination);
+    } else {
+      backend.probe_and_combine(alignment_arguments(x, p, probe_window, newest, entry_sums, low,
+                                                    high, relative_to_probe, active, results),
+                                combination);
+    }
+    return y;
+  }
+
   static void combine_into(const Tensor& x, const Tensor& residual_window, const Tensor& newest,
                            const Tensor& gamma, const std::optional<Tensor>& active,
                            const Tensor& out, bool fills) {
@@ -236,6 +369,23 @@ struct Operators {
       expect_both_kept("x_prev", x_prev, "p_prev", p_prev);
       for (const int entry : {0, 1}) {
         expect_apart("probe_window", rows_of(arguments.q, entry, samples), "x_prev", x_prev);
+      }
+    }
+  }
+
+  // What the combination reads must still be there when the statistics are done.
+  static void expect_separate(const ProbeArguments& statistics,
+                              const CombineArguments& combination) {
+    const Samples& samples = statistics.samples;
+    std::vector<std::pair<const char*, Rows>> written{
+        {"p_prev", rows_of(statistics.p_prev, samples)}};
+    if (statistics.with_input) {
+      written.emplace_back("x_prev", rows_of(statistics.x_prev, samples));
+    }
+    for (const auto& [name, rows] : written) {
+      expect_kept("x", rows_of(combination.x, samples), name, rows);
+      for (const int entry : {0, 1}) {
+        expect_kept("residual_window", rows_of(combination.r, entry, samples), name, rows);
       }
     }
   }

@@ -241,7 +241,8 @@ class Decoder:
             return _one_by_one(lambda frame, thread: frame.block.fence(thread))
         orders = [s for s in opcode if s in ("relaxed", "acquire", "release", "acq_rel")]
         operation = next((s for s in opcode if s in ("add", "inc", "exch")), "")
-        known = {name, "global", "gpu", kind, *orders} | ({operation} if operation else set())
+        scope = "sys" if "sys" in opcode else "gpu"  # the host sees memory as other blocks do
+        known = {name, "global", scope, kind, *orders} | ({operation} if operation else set())
         if set(opcode) != known or len(orders) != 1 or width_of(kind) != 32:
             raise Unsupported(f"opcode {'.'.join(opcode)}")
         if (name == "atom") != bool(operation):

@@ -52,6 +52,12 @@ class Memory:
         elements |= _READ | _WRITE if writes else _READ
         return _BASE + start
 
+    def seen(self, tensor: torch.Tensor) -> Array:
+        """What a contiguous tensor holds while a launch runs, as bytes: the host's view."""
+        start, _ = self._starts[tensor.untyped_storage().data_ptr()]
+        start += tensor.storage_offset() * tensor.element_size()
+        return self.data[start : start + tensor.numel() * tensor.element_size()]
+
     def copy_back(self) -> None:
         """Into the tensors, what the arena holds."""
         for start, content in self._starts.values():

@@ -9,7 +9,7 @@ set's lanes at once, which is what makes whole launches affordable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -39,12 +39,15 @@ class Launch:
         resident: int = 4,
         weak: bool = True,
         finds_races: bool = True,
+        watch: Callable[[Memory], None] | None = None,
     ) -> None:
         """`arguments` are the parameters in order: numbers, or the bytes of a struct.
 
         `resident` blocks are there at the same time, `weak` is described in memory.py, and without
-        `finds_races` a race is let pass, so that a test can see what it does.
+        `finds_races` a race is let pass, so that a test can see what it does. `watch` looks at
+        memory while the launch runs, as a host does.
         """
+        self.watch = watch
         self.decoder = decoded(program)
         self.program, self.memory, self.weak = program, memory, weak
         self.grid = (*grid, 1, 1)[:3]
@@ -69,6 +72,8 @@ class Launch:
                     raise Deadlock("; ".join(block.where() for block in live))
                 block = able[self.random.integers(len(able))]
                 block.advance()
+                if self.watch is not None:
+                    self.watch(self.memory)
                 if block.has_ended():
                     live.remove(block)
                     ended.append(block)

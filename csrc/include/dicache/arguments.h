@@ -80,6 +80,17 @@ struct Rule {
   bool relative_to_probe;  // alignment: error relative to ||p|| instead of ||q||
 };
 
+// Where the host finds (error, gamma) while later work still runs: memory that both see. A serial
+// (int32), which is written last; from byte 8 the bytes of one more number, which the host wants to
+// read along; from byte 16 a copy of result. dicache/workspace.py makes it.
+struct Mailbox {
+  void* data;  // null: none
+  int32_t serial;
+  const void* promise;  // null: no such number
+  int64_t promise_bytes;
+};
+constexpr int64_t kMailboxPromise = 8, kMailboxResult = 16;
+
 struct ProbeArguments {
   Samples samples;
   Tokens x, p, p_prev, x_prev;
@@ -88,6 +99,7 @@ struct ProbeArguments {
   EntrySums entry_sums;
   Rule rule;
   void *sums, *result;  // [B, 5 or 7] and [B + 1, 2], fp64 if samples.is_wide
+  Mailbox mailbox;
 };
 
 struct AlignmentArguments {
@@ -97,6 +109,7 @@ struct AlignmentArguments {
   EntrySums entry_sums;
   Rule rule;
   void *sums, *result;  // [B, 6] and [B + 1, 2]
+  Mailbox mailbox;
 };
 
 struct FinishArguments {

@@ -217,4 +217,25 @@ DICACHE_INLINE void finish(T* result, const T* row, Statistics kind, const Rule&
   }
 }
 
+// What the mailbox gets before its serial, number by number; `count` numbers of result.
+template <class T>
+DICACHE_INLINE void fill_mailbox(const Mailbox& mailbox, const T* result, int64_t count,
+                                 int64_t first = 0, int64_t step = 1) {
+  char* const data = static_cast<char*>(mailbox.data);
+  for (int64_t index = first; index < count; index += step) {
+    reinterpret_cast<T*>(data + kMailboxResult)[index] = result[index];
+  }
+  for (int64_t byte = first; byte < mailbox.promise_bytes; byte += step) {
+    data[kMailboxPromise + byte] = static_cast<const char*>(mailbox.promise)[byte];
+  }
+}
+
+// gamma as statistics leave it in result [B + 1, 2]: of each sample, or of the batch for all.
+DICACHE_INLINE Weights gamma_in(const void* result, const Samples& samples, bool by_sample,
+                                bool is_wide) {
+  const int64_t first = by_sample ? 1 : 2 * samples.batch + 1;
+  const char* data = static_cast<const char*>(result) + first * (is_wide ? 8 : 4);
+  return {data, by_sample ? 2 : 0, is_wide};
+}
+
 }  // namespace dicache

@@ -1,8 +1,9 @@
 // A CPU in the place of a GPU: stands before csrc/cuda/device.cuh in the include path.
 //
 // Blocks run one after the other, in an order drawn anew for every launch, since a GPU promises
-// none. A block's threads are fibers that run until all of them wait at the same barrier or
-// shuffle. Not shown here: races between barriers, and the memory order between blocks.
+// none; in a cooperative launch, to the end or to where they wait for others. A block's threads are
+// fibers that run until all of them wait at the same barrier or shuffle. Not shown here: races
+// between barriers, and the memory order between blocks.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -60,7 +61,9 @@ inline char shuffled[kMaxThreads][16];
 inline Index thread, block, grid;
 
 void wait_for_all_threads();
+void wait_for_other_blocks();
 void run_grid(int64_t blocks, int threads, const std::function<void()>& body);
+void run_resident_grid(int64_t blocks, int threads, const std::function<void()>& body);
 
 }  // namespace emulator
 
@@ -95,6 +98,16 @@ cudaError_t launch(cudaStream_t, int64_t blocks, int threads, void (*kernel)(Par
   return cudaSuccess;
 }
 
+template <class... Parameters>
+cudaError_t launch_cooperative(cudaStream_t, int64_t blocks, int threads,
+                               void (*kernel)(Parameters...),
+                               const std::type_identity_t<Parameters>&... arguments) {
+  emulator::run_resident_grid(blocks, threads, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
+
+inline void wait_for_other_blocks() { emulator::wait_for_other_blocks(); }
+
 inline void store_16_bytes(void* to, uint4 value) { std::memcpy(to, &value, sizeof(value)); }
 
 inline unsigned take_ticket(void* counter, unsigned last) {
@@ -103,5 +116,9 @@ inline unsigned take_ticket(void* counter, unsigned last) {
   *count = ticket >= last ? 0 : ticket + 1;
   return ticket;
 }
+
+inline unsigned load_acquire(const unsigned* from) { return *from; }
+inline void store_release(unsigned* to, unsigned value) { *to = value; }
+inline void store_for_the_host(void* to, int value) { *static_cast<int*>(to) = value; }
 
 }  // namespace dicache::cuda
