@@ -370,6 +370,53 @@ def test_empty_batches_and_samples(backend: Backend, batch: int, size: int) -> N
     assert torch.equal(newest, torch.ones_like(newest))
 
 
+# One, two, four and eight warps of a CUDA block add up a sample, eight samples at once at most.
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 9, 19])
+def test_sums_of_any_number_of_samples(backend: Backend, batch: int) -> None:
+    """Small integers, so that no order of adding rounds anything: all sums are exact."""
+    device, size = backend.device, 4099
+    generator = torch.Generator().manual_seed(batch)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randint(-3, 4, shape, generator=generator).float().to(device)
+
+    x, p, y, p_prev = (drawn(batch, size) for _ in range(4))
+    r, q, entry_sums = drawn(2, batch, size), drawn(2, batch, size), drawn(batch, 4).abs() + 1
+    newest = torch.arange(batch, dtype=torch.int32).to(device) % 2
+    active = (torch.arange(batch, device=device) % 4 != 3).to(torch.uint8)
+    older = torch.arange(batch, device=device), 1 - newest.long()
+    q_new, q_old = q[1 - older[1], older[0]], q[older[1], older[0]]
+    on = active.bool()[:, None]
+
+    sums, result = backend.ops.alignment_statistics(
+        x, p, q, newest, entry_sums, 0.0, 2.0, active=active
+    )
+    a, d, size_q = (p - x) - q_old, q_new - q_old, p - x
+    expected = [(a * a).sum(1), (a * d).sum(1), (size_q**2).sum(1), entry_sums[:, 1]]
+    expected += [entry_sums[:, 2] + entry_sums[:, 3], (p * p).sum(1)]
+    assert torch.equal(sums, torch.stack(expected, 1) * on)
+    with_last = torch.cat([sums, sums.sum(0, keepdim=True)])
+    finished = backend.ops.finish_alignment_statistics(with_last, 0.0, 2.0)[:-1]
+    assert torch.equal(result.nan_to_num(7.0), finished.nan_to_num(7.0))
+
+    sums, result = backend.ops.probe_statistics(
+        x, p, p_prev.clone(), None, q, newest, entry_sums, 0.0, 2.0, active=active
+    )
+    expected = [(p - p_prev).abs().sum(1), p_prev.abs().sum(1), a.abs().sum(1), entry_sums[:, 0]]
+    expected.append(entry_sums[:, 2] + entry_sums[:, 3])
+    assert torch.equal(sums, torch.stack(expected, 1) * on)
+    with_last = torch.cat([sums, sums.sum(0, keepdim=True)])
+    finished = backend.ops.finish_probe_statistics(with_last, 0.0, 2.0)[:-1]
+    assert torch.equal(result.nan_to_num(7.0), finished.nan_to_num(7.0))
+
+    turned, left = newest.clone(), entry_sums.clone()
+    backend.ops.record_residuals(x, p, y, r, q, turned, left, False, active=active)
+    d = (p - x) - q_new
+    expected = [d.abs().sum(1), (d * d).sum(1), (y - x).abs().sum(1), entry_sums[:, 2]]
+    assert torch.equal(left, torch.where(on, torch.stack(expected, 1), entry_sums))
+    assert torch.equal(turned, torch.where(on[:, 0], 1 - newest, newest))
+
+
 def wrong(case: str, device: str) -> dict[str, Tensor | float]:
     """Good arguments of alignment_statistics with one of them spoilt."""
     x = torch.randn(2, 3, 4, device=device)

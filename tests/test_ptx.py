@@ -286,10 +286,10 @@ def wrong(call: ptx_calls.Call, functions, seeds: int = 3) -> type[BaseException
     return None
 
 
-def plain_call(operator: str, size: int = 4133, **options) -> ptx_calls.Call:
+def plain_call(operator: str, size: int = 4133, batch: int = 2, **options) -> ptx_calls.Call:
     """Two samples in bf16 and several blocks, with a last one that is not full."""
     call = ptx_calls.draw(random.Random(1), operator, (BF16, BF16, BF16))
-    call.case.batch, call.case.shape, call.case.active = 2, (size,), None
+    call.case.batch, call.case.shape, call.case.active = batch, (size,), None
     call.case.layouts = {}
     call.scale, call.special = 1.0, 0.0
     defaults = {"first": False, "parked": False, "out": "new", "minus": False}
@@ -298,24 +298,37 @@ def plain_call(operator: str, size: int = 4133, **options) -> ptx_calls.Call:
 
 
 RECORD = "record_kernelINS0_4SameI13__nv_bfloat16fEELb0EEE"
+ALIGNMENT = "alignment_kernelINS0_4SameI13__nv_bfloat16fEEEE"
+
+
+def entry(kernel: str, ptx: str) -> str:
+    """The text of one kernel."""
+    start = re.search(rf"\.entry \S*{re.escape(kernel)}\S*\(", ptx).end()
+    return ptx[start : ptx.find(".entry", start)]
 
 
 def change_one(kernel: str, pattern: str, to: str, which: int, ptx: str) -> str:
     """`ptx` with one occurrence of a pattern in one kernel replaced."""
-    start = re.search(rf"\.entry \S*{re.escape(kernel)}\S*\(", ptx).end()
-    found = list(re.finditer(pattern, ptx[start : ptx.find(".entry", start)]))[which]
+    text = entry(kernel, ptx)
+    start = ptx.index(text)
+    found = list(re.finditer(pattern, text))[which]
     return ptx[: start + found.start()] + to + ptx[start + found.end() :]
 
 
-# The barrier behind the first sums has another one behind it before anything is written again.
 @cuda
-@pytest.mark.parametrize("which", [None, 0, 2, 3, 4])
-def test_a_missing_barrier_is_found(which: int | None) -> None:
-    """Record has five: two where a block adds up, one behind the ticket, two for the last block."""
+@pytest.mark.parametrize("which", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("operator", ["alignment", "record"])
+def test_a_missing_barrier_is_found(operator: str, which: int | None) -> None:
+    """A launch that adds up has four: before thread 0 adds the warps, behind the ticket, and two
+    where the last block takes eight samples at once; of nine, one is left for a second time."""
+    kernel = {"alignment": ALIGNMENT, "record": RECORD}[operator]
+    barriers = re.findall(r"bar\.sync", entry(kernel, ptx_cuda.compiled(operator, 90)))
+    assert len(barriers) == 4
     change = str
     if which is not None:
-        change = functools.partial(change_one, RECORD, r"bar\.sync\s+0;", "", which)
-    found = wrong(plain_call("record"), lambda seed: Cuda(90, seed, change=change))
+        change = functools.partial(change_one, kernel, r"bar\.sync\s+0;", "", which)
+    call = plain_call(operator, 61, batch=9)
+    found = wrong(call, lambda seed: Cuda(90, seed, change=change))
     assert found is (None if which is None else Race)
 
 

@@ -11,12 +11,15 @@ namespace {
 template <class T>
 __device__ __forceinline__ void conclude_record(const RecordArguments& arguments, void* workspace,
                                                 int64_t blocks_per_sample) {
-  for (int64_t sample = 0; sample < arguments.samples.batch; ++sample) {
+  const int64_t batch = arguments.samples.batch;
+  for (int64_t first = 0; first < batch; first += kWarps) {
+    const int count = samples_at_once(first, batch), thread = threadIdx.x;
     double totals[RecordTerms::kSums];
-    add_partials<RecordTerms::kSums, T>(totals, workspace, sample, blocks_per_sample);
-    if (threadIdx.x == 0 && arguments.samples.is_active(sample)) {
-      finish_record(arguments, sample, totals);
+    add_partials<RecordTerms::kSums, T>(totals, workspace, first, count, blocks_per_sample);
+    if (thread < count && arguments.samples.is_active(first + thread)) {
+      finish_record(arguments, first + thread, totals);
     }
+    __syncthreads();
   }
 }
 

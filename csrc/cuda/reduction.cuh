@@ -3,8 +3,8 @@
 // Every block adds up its part in a fixed tree and stores one row of partial sums in the workspace.
 // The same thread then takes a ticket with acquire-release order: its release publishes the row,
 // and the block that draws the last ticket has acquired the rows of all others. That block adds
-// them in index order. The ticket wraps to zero by itself (atomic increment with a limit), so the
-// next launch finds it ready.
+// them up in a fixed order too, eight samples at once. The ticket wraps to zero by itself (atomic
+// increment with a limit), so the next launch finds it ready.
 #pragma once
 
 #include <initializer_list>
@@ -24,10 +24,10 @@ __device__ __forceinline__ T* partial_row(void* workspace, int64_t block) {
   return reinterpret_cast<T*>(rows + block * kWorkspaceBytesPerBlock);
 }
 
-// The block's totals, in thread 0. Lanes by halving distance, then warps in order.
+// Leaves every warp's totals in shared memory, for whoever reads them behind a barrier. Lanes are
+// added by halving distance.
 template <int kSums, class T>
-__device__ __forceinline__ void add_block(T (&sums)[kSums]) {
-  __shared__ T by_warp[kWarps][kSums];
+__device__ __forceinline__ void add_warps(T (&by_warp)[kWarps][kSums], T (&sums)[kSums]) {
 #pragma unroll
   for (int sum = 0; sum < kSums; ++sum) {
 #pragma unroll
@@ -38,28 +38,24 @@ __device__ __forceinline__ void add_block(T (&sums)[kSums]) {
       by_warp[threadIdx.x / kWarp][sum] = sums[sum];
     }
   }
+}
+
+// Stores this block's partial sums: lanes, then warps in order. True in every thread of the last
+// block to arrive.
+template <int kSums, class T>
+__device__ __forceinline__ bool publish(T (&sums)[kSums], void* workspace) {
+  static_assert(kSums <= kMaxSums);
+  __shared__ T by_warp[kWarps][kSums];
+  __shared__ bool is_last;
+  add_warps(by_warp, sums);
   __syncthreads();
   if (threadIdx.x == 0) {
+    T* row = partial_row<T>(workspace, blockIdx.x);
 #pragma unroll
     for (int sum = 0; sum < kSums; ++sum) {
       for (int warp = 1; warp < kWarps; ++warp) {
         sums[sum] += by_warp[warp][sum];
       }
-    }
-  }
-  __syncthreads();  // by_warp may be written again
-}
-
-// Stores this block's partial sums. True in every thread of the last block to arrive.
-template <int kSums, class T>
-__device__ __forceinline__ bool publish(T (&sums)[kSums], void* workspace) {
-  static_assert(kSums <= kMaxSums);
-  __shared__ bool is_last;
-  add_block(sums);
-  if (threadIdx.x == 0) {
-    T* row = partial_row<T>(workspace, blockIdx.x);
-#pragma unroll
-    for (int sum = 0; sum < kSums; ++sum) {
       row[sum] = sums[sum];
     }
     is_last = take_ticket(workspace, gridDim.x - 1) == gridDim.x - 1;
@@ -68,63 +64,101 @@ __device__ __forceinline__ bool publish(T (&sums)[kSums], void* workspace) {
   return is_last;
 }
 
-// The totals of one sample, in thread 0 of the last block. __ldcg reads past the L1 cache, which
-// knows nothing of other blocks' rows.
+// How many samples the last block adds up at once, from `first` on. Fewer than it has warps get
+// several warps each: one sample all eight, two four each, three two.
+__device__ __forceinline__ int samples_at_once(int64_t first, int64_t batch) {
+  return static_cast<int>(batch - first < kWarps ? batch - first : kWarps);
+}
+
+// The totals of sample `first + i` in thread i < count of the last block. Its threads have to meet
+// before they come here again. __ldcg reads past the L1 cache, which knows nothing of other blocks'
+// rows.
 template <int kSums, class T>
 __device__ __forceinline__ void add_partials(double (&totals)[kSums], void* workspace,
-                                             int64_t sample, int64_t blocks_per_sample) {
+                                             int64_t first, int count, int64_t blocks_per_sample) {
+  __shared__ double by_warp[kWarps][kSums];
+  const int warps = kWarps / count;  // of one sample
+  const int thread = threadIdx.x, sample = thread / (warps * kWarp);
 #pragma unroll
   for (int sum = 0; sum < kSums; ++sum) {
     totals[sum] = 0;
   }
-  for (int64_t block = threadIdx.x; block < blocks_per_sample; block += kGpuThreads) {
-    const T* row = partial_row<T>(workspace, sample * blocks_per_sample + block);
+  if (sample < count) {
+    const int64_t rows = (first + sample) * blocks_per_sample;
+    for (int64_t block = thread % (warps * kWarp); block < blocks_per_sample;
+         block += warps * kWarp) {
+      const T* row = partial_row<T>(workspace, rows + block);
 #pragma unroll
-    for (int sum = 0; sum < kSums; ++sum) {
-      totals[sum] += __ldcg(row + sum);
+      for (int sum = 0; sum < kSums; ++sum) {
+        totals[sum] += __ldcg(row + sum);
+      }
     }
   }
-  add_block(totals);
+  add_warps(by_warp, totals);
+  __syncthreads();
+  if (thread < count) {
+#pragma unroll
+    for (int sum = 0; sum < kSums; ++sum) {
+      totals[sum] = by_warp[thread * warps][sum];
+    }
+    for (int warp = 1; warp < warps; ++warp) {
+#pragma unroll
+      for (int sum = 0; sum < kSums; ++sum) {
+        totals[sum] += by_warp[thread * warps + warp][sum];
+      }
+    }
+  }
 }
 
 // Statistics' last block: partial sums -> rows of sums -> (error, gamma) of each sample and of the
-// whole batch. The division and the square root are thread 0's.
+// whole batch. A sample's division and square root are one thread's, the batch's row is thread 0's,
+// which adds up the samples' rows in their order.
 template <class Terms, class T, class Arguments>
 __device__ __forceinline__ void conclude(const Arguments& arguments, void* workspace,
                                          int64_t blocks_per_sample) {
-  T* rows = static_cast<T*>(arguments.sums);
+  __shared__ T rows[kWarps][Terms::kColumns];
   T* result = static_cast<T*>(arguments.result);
   T batch_row[Terms::kColumns] = {};
-  for (int64_t sample = 0; sample < arguments.samples.batch; ++sample) {
+  const int64_t batch = arguments.samples.batch;
+  for (int64_t first = 0; first < batch; first += kWarps) {
+    const int count = samples_at_once(first, batch), thread = threadIdx.x;
     double totals[Terms::kSums];
-    add_partials<Terms::kSums, T>(totals, workspace, sample, blocks_per_sample);
-    if (threadIdx.x != 0) {
-      continue;
-    }
-    T row[Terms::kColumns] = {};
-    if (arguments.samples.is_active(sample)) {
-      T sums[Terms::kSums], entry_sums[kEntrySums];
+    add_partials<Terms::kSums, T>(totals, workspace, first, count, blocks_per_sample);
+    if (thread < count) {
+      const int64_t sample = first + thread;
+      T row[Terms::kColumns] = {};
+      if (arguments.samples.is_active(sample)) {
+        T sums[Terms::kSums], entry_sums[kEntrySums];
 #pragma unroll
-      for (int sum = 0; sum < Terms::kSums; ++sum) {
-        sums[sum] = static_cast<T>(totals[sum]);
+        for (int sum = 0; sum < Terms::kSums; ++sum) {
+          sums[sum] = static_cast<T>(totals[sum]);
+        }
+        read_entry_sums(entry_sums, arguments.entry_sums, sample);
+        Terms::columns(row, sums, entry_sums);
       }
-      read_entry_sums(entry_sums, arguments.entry_sums, sample);
-      Terms::columns(row, sums, entry_sums);
-    }
 #pragma unroll
-    for (int column = 0; column < Terms::kColumns; ++column) {
-      rows[sample * Terms::kColumns + column] = row[column];
-      batch_row[column] += row[column];
+      for (int column = 0; column < Terms::kColumns; ++column) {
+        rows[thread][column] = row[column];
+        static_cast<T*>(arguments.sums)[sample * Terms::kColumns + column] = row[column];
+      }
+      finish(result + 2 * sample, row, Terms::kKind, arguments.rule);
     }
-    finish(result + 2 * sample, row, Terms::kKind, arguments.rule);
+    __syncthreads();
+    if (thread == 0) {
+      for (int other = 0; other < count; ++other) {
+#pragma unroll
+        for (int column = 0; column < Terms::kColumns; ++column) {
+          batch_row[column] += rows[other][column];
+        }
+      }
+    }
   }
   if (threadIdx.x == 0) {
-    finish(result + 2 * arguments.samples.batch, batch_row, Terms::kKind, arguments.rule);
+    finish(result + 2 * batch, batch_row, Terms::kKind, arguments.rule);
   }
   if (arguments.mailbox.data != nullptr) {
     __syncthreads();
-    fill_mailbox(arguments.mailbox, result, 2 * (arguments.samples.batch + 1), threadIdx.x,
-                 kGpuThreads);
+    fill_mailbox(arguments.mailbox, result, 2 * (batch + 1), threadIdx.x, kGpuThreads);
     __syncthreads();
     if (threadIdx.x == 0) {
       store_for_the_host(arguments.mailbox.data, arguments.mailbox.serial);
