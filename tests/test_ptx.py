@@ -15,8 +15,10 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import ptx_calls
 import ptx_cuda
+import ptx_machine
 import pytest
 import torch
 from fuzzing import FACTOR, draws
@@ -298,13 +300,20 @@ def plain_call(operator: str, size: int = 4133, batch: int = 2, **options) -> pt
 
 
 RECORD = "record_kernelINS0_4SameI13__nv_bfloat16fEELb0EEE"
-ALIGNMENT = "alignment_kernelINS0_4SameI13__nv_bfloat16fEEEE"
+FUSED = "probe_and_combine_kernelINS0_4SameI13__nv_bfloat16fEENS0_13AlignmentPassEEE"
+FILLED = 5  # the barrier between a mailbox's content and its serial
 
 
 def entry(kernel: str, ptx: str) -> str:
     """The text of one kernel."""
     start = re.search(rf"\.entry \S*{re.escape(kernel)}\S*\(", ptx).end()
     return ptx[start : ptx.find(".entry", start)]
+
+
+def change_all(kernel: str, pattern: str, to: str, ptx: str) -> str:
+    """`ptx` with all occurrences of a pattern in one kernel replaced."""
+    text = entry(kernel, ptx)
+    return ptx.replace(text, re.sub(pattern, to, text))
 
 
 def change_one(kernel: str, pattern: str, to: str, which: int, ptx: str) -> str:
@@ -315,21 +324,86 @@ def change_one(kernel: str, pattern: str, to: str, which: int, ptx: str) -> str:
     return ptx[: start + found.start()] + to + ptx[start + found.end() :]
 
 
+class Host:
+    """Who reads the mailbox as soon as it sees the serial, while the launch still runs."""
+
+    def __init__(self) -> None:
+        self.read: np.ndarray | None = None
+        self.last: np.ndarray | None = None
+
+    def __call__(self, memory: ptx_machine.Memory) -> None:
+        self.last = memory.seen("mailbox").copy()
+        if self.read is None and self.last[:4].view(np.int32)[0] == 9:
+            self.read = self.last
+
+    def was_told_the_truth(self) -> bool:
+        assert self.read is not None and self.last is not None
+        return bool((self.read == self.last).all())
+
+
+# A launch that adds up has four barriers: before thread 0 adds the warps, behind the ticket, and
+# two where the last block takes eight samples at once; of nine, one is left for a second time. Two
+# more are there for a mailbox, and one where a grid waits for itself.
+BARRIERS = {"record": (RECORD, 4), "probe_and_combine": (FUSED, 7)}
+WHICH = [(name, which) for name, (_, n) in BARRIERS.items() for which in (None, *range(n))]
+
+
 @cuda
-@pytest.mark.parametrize("which", [None, 0, 1, 2, 3])
-@pytest.mark.parametrize("operator", ["alignment", "record"])
+@pytest.mark.parametrize(("operator", "which"), WHICH)
 def test_a_missing_barrier_is_found(operator: str, which: int | None) -> None:
-    """A launch that adds up has four: before thread 0 adds the warps, behind the ticket, and two
-    where the last block takes eight samples at once; of nine, one is left for a second time."""
-    kernel = {"alignment": ALIGNMENT, "record": RECORD}[operator]
+    kernel, count = BARRIERS[operator]
     barriers = re.findall(r"bar\.sync", entry(kernel, ptx_cuda.compiled(operator, 90)))
-    assert len(barriers) == 4
+    assert len(barriers) == count
     change = str
     if which is not None:
         change = functools.partial(change_one, kernel, r"bar\.sync\s+0;", "", which)
-    call = plain_call(operator, 61, batch=9)
-    found = wrong(call, lambda seed: Cuda(90, seed, change=change))
-    assert found is (None if which is None else Race)
+    call, host = plain_call(operator, 61, batch=9, published=False), Host()
+    watch = host if operator == "probe_and_combine" else None
+    found = wrong(call, lambda seed: Cuda(90, seed, change=change, watch=watch))
+    if which == FILLED and operator == "probe_and_combine":
+        assert found is None and not host.was_told_the_truth()
+    else:
+        assert found is (None if which is None else Race)
+        assert watch is None or which is not None or host.was_told_the_truth()
+
+
+# (what is there in the machine code, what is put there)
+WEAKER = {
+    "the round is let go without a release": (r"st\.release\.gpu", "st.relaxed.gpu", Race),
+    "the round is seen without an acquire": (r"ld\.acquire\.gpu", "ld.relaxed.gpu", Race),
+    "the ticket takes nothing over": (r"inc\.acq_rel", "inc.relaxed", Race),
+}
+
+
+@cuda
+@pytest.mark.parametrize("name", WEAKER)
+def test_a_grid_that_waits_in_too_weak_an_order_is_found(name: str) -> None:
+    pattern, put, expected = WEAKER[name]
+    change = functools.partial(change_all, FUSED, pattern, put)
+    call = plain_call("probe_and_combine", 4133, published=False)
+    assert wrong(call, lambda seed: Cuda(90, seed, change=change)) is expected
+
+
+@cuda
+def test_a_letter_that_is_sealed_in_too_weak_an_order_is_found() -> None:
+    change = functools.partial(change_one, FUSED, r"st\.release\.sys", "st.relaxed.sys", 0)
+    told = []
+    for seed in range(4):
+        host = Host()
+        plain_call("probe_and_combine", 61, published=False).make(
+            Cuda(90, seed, change=change, watch=host)
+        )
+        told.append(host.was_told_the_truth())
+    assert not all(told)
+
+
+@cuda
+@pytest.mark.parametrize("file", ["alignment", "probe", "probe_and_combine"])
+def test_a_letter_is_sealed_for_the_host(file: str) -> None:
+    """The machine has one memory; on a GPU a release for the device is none for the host."""
+    for name in kernels(ptx_cuda.compiled(file, ONE[file])):
+        sealed = re.findall(r"st\.release\.(\w+)", entry(name, ptx_cuda.compiled(file, ONE[file])))
+        assert sealed == (["sys", "gpu"] if file == "probe_and_combine" else ["sys"])
 
 
 @cuda

@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
     Pass::template add_up<Format>(arguments, part, sums);
   }
   if (publish(sums, workspace)) {
+    // What its other threads wrote, thread 0 has met in a barrier by the end of it.
     conclude<typename Pass::Terms, T>(arguments, workspace, blocks_per_sample);
-    __syncthreads();
     if (threadIdx.x == 0) {
       begin_round(workspace, before + 1);
     }

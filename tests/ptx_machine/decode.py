@@ -196,7 +196,7 @@ class Decoder:
         name, *how, kind = opcode
         count = next((int(step[1:]) for step in how if step in ("v2", "v4")), 1)
         space = next((step for step in how if step in ("global", "shared", "param")), None)
-        known = ("global", "shared", "param", "v2", "v4", "cg", "relaxed", "gpu")
+        known = ("global", "shared", "param", "v2", "v4", "cg", "relaxed", "gpu", "sys")
         if space is None or set(how) - set(known) or (name, space) == ("st", "param"):
             raise Unsupported(f"opcode {'.'.join(opcode)}")
         where, registers = operands if name == "st" else operands[::-1]

@@ -52,11 +52,11 @@ class Memory:
         elements |= _READ | _WRITE if writes else _READ
         return _BASE + start
 
-    def seen(self, tensor: torch.Tensor) -> Array:
-        """What a contiguous tensor holds while a launch runs, as bytes: the host's view."""
-        start, _ = self._starts[tensor.untyped_storage().data_ptr()]
-        start += tensor.storage_offset() * tensor.element_size()
-        return self.data[start : start + tensor.numel() * tensor.element_size()]
+    def seen(self, name: str) -> Array:
+        """The bytes of the tensor of this name as they are while a launch runs: the host's view."""
+        start = next(start for start, given in self._names if given == name)
+        size = next(len(content) for at, content in self._starts.values() if at == start)
+        return self.data[start : start + size]
 
     def copy_back(self) -> None:
         """Into the tensors, what the arena holds."""

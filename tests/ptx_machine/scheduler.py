@@ -70,7 +70,10 @@ class Launch:
                 able = [block for block in live if block.can_run()]
                 if not able:
                     raise Deadlock("; ".join(block.where() for block in live))
-                block = able[self.random.integers(len(able))]
+                for block in live:
+                    block.asleep = max(0, block.asleep - 1)
+                awake = [block for block in able if not block.asleep] or able
+                block = awake[self.random.integers(len(awake))]
                 block.advance()
                 if self.watch is not None:
                     self.watch(self.memory)
@@ -117,6 +120,8 @@ class Block:
         self.threads = np.arange(size) + index * size
         self.position = np.zeros(size, np.int64)
         self.state = np.full(size, RUNNING)
+        self.asleep = 0  # turns that it lets pass
+        self._found: dict[int, tuple[int, int]] = {}  # thread -> its last atomic access
         # Registers hold anything before they are written, and so does shared memory.
         self.registers = [
             random.integers(0, 2, size).astype(np.bool_)
@@ -196,7 +201,7 @@ class Block:
                 continue
             self.position[lanes] = at
             lanes = self._turn(step, frame, lanes, at)
-            if not len(lanes):
+            if not len(lanes) or self.asleep:
                 return
             at, frame = int(self.position[lanes[0]]), self._frame(lanes)
         self.position[lanes] = at
@@ -320,7 +325,16 @@ class Block:
         if self.launch.shadow is not None:
             self.launch.shadow.atomic(self.index, thread, places, writes)
         self.launch.clocks.atomic(thread, address, order, reads, writes)
+        self._doze(thread, address, old, change)
         return old
+
+    def _doze(self, thread: int, address: int, found: int, change) -> None:
+        """A thread that finds the same again and changes nothing waits for another block: let the
+        others go on for a while."""
+        is_idle = change is None or change(found) == found
+        if is_idle and self._found.get(thread) == (address, found):
+            self.asleep = int(self.launch.random.integers(2, 60))
+        self._found[thread] = (address, found)
 
     def fence(self, thread: int) -> None:
         self.view.release(thread)
