@@ -300,6 +300,7 @@ def plain_call(operator: str, size: int = 4133, batch: int = 2, **options) -> pt
 
 
 RECORD = "record_kernelINS0_4SameI13__nv_bfloat16fEELb0EEE"
+ALIGNMENT = "alignment_kernelINS0_4SameI13__nv_bfloat16fEEEE"
 FUSED = "probe_and_combine_kernelINS0_4SameI13__nv_bfloat16fEENS0_13AlignmentPassEEE"
 FILLED = 5  # the barrier between a mailbox's content and its serial
 
@@ -385,16 +386,19 @@ def test_a_grid_that_waits_in_too_weak_an_order_is_found(name: str) -> None:
 
 
 @cuda
-def test_a_letter_that_is_sealed_in_too_weak_an_order_is_found() -> None:
-    change = functools.partial(change_one, FUSED, r"st\.release\.sys", "st.relaxed.sys", 0)
+@pytest.mark.parametrize("order", ["release", "relaxed"])
+def test_a_letter_that_is_sealed_in_too_weak_an_order_is_found(order: str) -> None:
+    change = functools.partial(change_one, ALIGNMENT, r"st\.release\.sys", f"st.{order}.sys", 0)
+    x, p, window = torch.randn(2, 61), torch.randn(2, 61), torch.randn(2, 2, 61)
+    x, p, window = x.bfloat16(), p.bfloat16(), window.bfloat16()
+    given = (torch.zeros(2, dtype=torch.int32), torch.ones(2, 4), 0.0, 2.0)
     told = []
-    for seed in range(4):
-        host = Host()
-        plain_call("probe_and_combine", 61, published=False).make(
-            Cuda(90, seed, change=change, watch=host)
-        )
+    for seed in range(6):
+        host, out = Host(), ops.make_results(x, p, 6)._replace(serial=9)
+        cuda = Cuda(90, seed, change=change, watch=host)
+        cuda.alignment_statistics(x, p, window, *given, out=out)
         told.append(host.was_told_the_truth())
-    assert not all(told)
+    assert all(told) == (order == "release")
 
 
 @cuda

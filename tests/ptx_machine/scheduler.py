@@ -85,6 +85,8 @@ class Launch:
                     some.view.drain(self.random.choice([0.1, 0.5, 1.0]))
             for block in self.random.permutation(np.array(ended, object)):
                 block.view.drain(1.0)
+            if self.watch is not None:
+                self.watch(self.memory)
         return self
 
 
