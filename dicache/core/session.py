@@ -29,6 +29,7 @@ from ..profile import Identity
 from ..stats import RunStats
 from .calibration import Calibration
 from .context import Context
+from .host_memory import give_back
 from .learner import Learner
 from .ranks import Ranks
 from .readback import as_number
@@ -132,11 +133,13 @@ class DiCacheSession:
     def end(self, run: Hashable) -> None:
         """Free the state of the run with this key (`Where.run`)."""
         self.timeline.end(run)
+        give_back()
         self._settle()
 
     def reset(self) -> None:
         """Free all state now. Statistics stay until the first step of the next run."""
         self.timeline.reset()
+        give_back()
         self._settle()
 
     def _settle(self) -> None:

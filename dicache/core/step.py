@@ -108,9 +108,9 @@ class Step:
             context.change_state(self.where.computes_in)
         self._note_surroundings()
         self.needs_probe = self._is_judged()
+        context.has_history = False  # until this step is done
         if self._rules.packs and self.needs_probe and context.trajectory is not None:
             context.trajectory.expect_probe()
-        context.has_history = False  # until this step is done
 
     def _note_surroundings(self) -> None:
         """What tokens meet behind the probe in this step."""

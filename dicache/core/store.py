@@ -7,17 +7,20 @@ again, and emptied afterwards. So the blocks of the model, where its memory peak
 the cache's buffers. A buffer's tensor stays the same object, so that views of it stay valid.
 
 On a GPU copies from and to the host run on a stream of their own. The residuals of the probe are on
-their way while the probe's blocks run, those of the blocks while the decision is taken.
+their way while the probe's blocks run, those of the blocks while the decision is taken. Nothing is
+copied before something was saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .host_memory import HostMemory
 from .rules import Rules
 
 # The buffers, and the dimension that is the batch's.
@@ -53,7 +56,7 @@ class Store(Protocol):
         """Begin with what opening these will take, beside the device's other work."""
 
     def open(self, *names: str) -> None:
-        """Fill these buffers with what was saved."""
+        """Fill these buffers with what was saved; with anything, NaN included, if nothing was."""
 
     def save(self, *names: str) -> None:
         """Keep what these buffers hold now."""
@@ -69,7 +72,7 @@ class Store(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are kept between steps."""
+        """Bytes that are kept between steps, as much as their memory takes."""
 
 
 def make_store(rules: Rules, tensors: dict[str, Tensor], token_dim: int) -> Store:
@@ -77,7 +80,7 @@ def make_store(rules: Rules, tensors: dict[str, Tensor], token_dim: int) -> Stor
 
     Args:
         rules: Their `cache_dtype` and `cache_device`.
-        tensors: The buffers by name, filled with zeros or with anything that is written first.
+        tensors: The buffers by name, with anything in them.
         token_dim: The dimension of a token's elements, counted from the last one.
     """
     if not rules.packs:
@@ -196,15 +199,21 @@ class PackedBuffer:
     ) -> None:
         self.tensor, self._dim = tensor, dim
         self._num_bytes = tensor.untyped_storage().nbytes()
-        pinned = device == "cpu" and tensor.is_cuda
+        self._stream: torch.cuda.Stream | None = None
+        self._host: HostMemory | None = None
         where = tensor.device if device is None else torch.device(device)
+        make: Callable[..., Tensor] = partial(torch.empty, device=where)
+        if device == "cpu" and tensor.is_cuda:
+            self._stream = torch.cuda.Stream(tensor.device)
+            self._host = HostMemory(tensor.device)
+            make = self._host.empty
         kind, tokens = dtype or tensor.dtype, list(tensor.shape)
         tokens[dim] = 1
-        self._packed = torch.zeros(tensor.shape, dtype=kind, device=where, pin_memory=pinned)
+        self._packed = make(tensor.shape, dtype=kind)
         self._scale: Tensor | None = None
         if kind == torch.float8_e4m3fn:
-            self._scale = torch.ones(tokens, dtype=torch.float32, device=where, pin_memory=pinned)
-        self._stream = torch.cuda.Stream(tensor.device) if pinned else None
+            self._scale = make(tokens, dtype=torch.float32)
+        self._is_saved = False
         # Noted before a tensor loses its memory, and after it got it: an interrupt in between must
         # not leave one that is taken for full.
         self.is_full = True
@@ -213,7 +222,9 @@ class PackedBuffer:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the packed elements and scales."""
+        """Bytes of the packed elements and scales, or of the host's pages that hold them."""
+        if self._host is not None:
+            return self._host.num_bytes
         tensors = [self._packed] if self._scale is None else [self._packed, self._scale]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -243,6 +254,7 @@ class PackedBuffer:
             self._pack()
         else:
             self._beside(self._pack)
+        self._is_saved = True
 
     def reread(self) -> None:
         """Replace what is in the tensor by what `fill` will give; after `save`."""
@@ -266,12 +278,15 @@ class PackedBuffer:
 
     def _beside(self, work: Callable[[], None]) -> None:
         """Queue the work on the stream of its own, behind what is queued so far."""
-        stream = self._stream
-        assert stream is not None
+        stream, host = self._stream, self._host
+        assert stream is not None and host is not None
         stream.wait_stream(torch.cuda.current_stream(self.tensor.device))
-        with torch.cuda.stream(stream):
-            work()
-        self.tensor.record_stream(stream)  # freed, it is not handed out before the copy is done
+        try:
+            with torch.cuda.stream(stream):
+                work()
+        finally:  # freed, neither is handed out before the copies are done, also of a part
+            host.copied.record(stream)
+            self.tensor.record_stream(stream)
 
     def _join(self) -> None:
         """Let what is queued from here on wait for the stream of its own."""
@@ -279,6 +294,8 @@ class PackedBuffer:
             torch.cuda.current_stream(self.tensor.device).wait_stream(self._stream)
 
     def _unpack(self) -> None:
+        if not self._is_saved:
+            return
         if self._scale is None:
             self.tensor.copy_(self._packed, non_blocking=True)
             if self.tensor.dtype == torch.float16 and not self.is_exact:

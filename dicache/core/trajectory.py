@@ -65,12 +65,13 @@ class Trajectory:
         self._is_permuted = self._order != sorted(self._order)
         self._dense_copy: tuple[Tensor, Tensor] | None = None  # this step's x, and a dense copy
         x, p = self._view(x), self._view(p)
+        # Anything is in them: the first record writes them all, and nothing is asked before it.
         tensors = {
-            _PROBES: torch.zeros((2, *p.shape), dtype=p.dtype, device=p.device),
-            _RESIDUALS: torch.zeros((2, *x.shape), dtype=x.dtype, device=x.device),
+            _PROBES: torch.empty((2, *p.shape), dtype=p.dtype, device=p.device),
+            _RESIDUALS: torch.empty((2, *x.shape), dtype=x.dtype, device=x.device),
         }
         if has_third:
-            tensors[_OLDEST] = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+            tensors[_OLDEST] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for name in rules.error.buffers:
             like = x if name == "previous_x" else p
             tensors[name] = like.new_empty(like.shape)
