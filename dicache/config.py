@@ -73,7 +73,7 @@ class DiCacheConfig:
         cache_dtype: What the cache keeps between steps is rounded to this dtype: `torch.bfloat16`,
             or, as an experiment, `torch.float8_e4m3fn` with a scale a token. `None` keeps the
             model's own. In both cases operators work on the model's dtypes.
-        cache_device: `"cpu"` keeps it in host memory, pinned where the model is on a GPU, and
+        cache_device: `"cpu"` keeps it in host memory, page-locked where the model is on a GPU, and
             copies it back for the steps that need it. `None` keeps it where the model is.
         profile: What `dicache.calibrate` learned of this model, or the path of a file with it. A
             reused step is then filled in by weights of the three last computed steps that were

@@ -136,6 +136,9 @@ def test_a_capture_is_not_disturbed(cuda: FakeCuda) -> None:
 def test_what_cuda_does_not_answer_for_any_more_is_dropped(cuda: FakeCuda) -> None:
     """After a failure, or in a fork of the process."""
     _, session = drive(DiCacheConfig(**DEFAULT), walk(6))
+    cuda.is_busy = True
+    session.reset()
+    assert host_memory._leaving
     cuda.is_broken = True
     session.reset()
     assert not host_memory._leaving
@@ -343,6 +346,26 @@ def test_on_a_gpu_pages_stay_while_a_copy_is_on_its_way() -> None:
     torch.cuda.synchronize()
     session.reset()
     assert not any(each.is_pinned() for each in held) and not host_memory._leaving
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["lock", "unlock"])
+def test_on_a_gpu_pages_come_and_go_while_the_device_works(what: str) -> None:
+    """Nobody promises that registering waits for nothing; an abort must not hang behind others."""
+    memory = HostMemory(torch.device("cuda", torch.cuda.current_device()))
+    if what == "unlock":
+        memory.empty((1 << 20,), torch.float32)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    is_done = torch.cuda.Event()
+    is_done.record()
+    if what == "lock":
+        memory.empty((1 << 20,), torch.float32)
+    else:
+        del memory
+        assert not host_memory._leaving
+    assert not is_done.query()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.gpu

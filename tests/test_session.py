@@ -749,10 +749,20 @@ def test_every_backend_that_runs_here_decides_alike():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"cache_device": "cpu"},
+        {"cache_device": "cpu", "cache_dtype": torch.bfloat16},
+        {"cache_device": "cpu", "cache_dtype": torch.float8_e4m3fn},
+    ],
+    ids=["on the GPU", "host", "host, bf16", "host, fp8"],
+)
 @pytest.mark.parametrize("error", ["weighted_alignment", "delta_y"])
-def test_on_a_gpu_a_decision_is_the_only_wait_and_the_tokens_are_queued_before_it(error):
+def test_on_a_gpu_a_decision_is_the_only_wait_and_the_tokens_are_queued_before_it(error, how):
     alignment = "l1" if error == "delta_y" else "least_squares"
-    config = DiCacheConfig(schedule="CCRRCR", error=error, alignment=alignment)
+    config = DiCacheConfig(schedule="CCRRCR", error=error, alignment=alignment, **how)
     on_host, on_gpu = DiCacheSession(config), DiCacheSession(config)
     steps = [(tensors(seed), 1000.0 - seed) for seed in range(6)]
     moved = [([t.cuda() for t in values], torch.tensor([at]).cuda()) for values, at in steps]

@@ -91,10 +91,10 @@ def _lock(pages: Tensor, device: torch.device) -> bool:
         place = pages.data_ptr(), pages.numel()
         error = int(torch.cuda.cudart().cudaHostRegister(*place, _FOR_ALL_DEVICES))
         if error:
-            warn_user(_REFUSED.format(pages.numel() / 1e6, error))
             # CUDA remembers its last error, and who launches a kernel next takes it for his own.
             with contextlib.suppress(RuntimeError):
                 torch.ones((), device=device)
+            warn_user(_REFUSED.format(pages.numel() / 1e6, error))
     return not error
 
 
