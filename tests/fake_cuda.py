@@ -65,7 +65,8 @@ class FakeCuda:
         assert flags == 1 and "device" in self.log[-1]  # for all devices, on the tensors' own
         self.leaves_error = bool(self.error)
         if not self.error:
-            overlaps = any(a < address + size and address < a + n for a, n in self.locked.items())
+            known = self.locked.copy()  # the collector may unregister some meanwhile
+            overlaps = any(a < address + size and address < a + n for a, n in known.items())
             assert not overlaps
             self.locked[address] = size
         return self.error

@@ -305,6 +305,40 @@ def test_three_entries_are_there_after_one_record(granularity: str, how: dict[st
     torch.testing.assert_close(found, y, atol=0.3 if rounds else 1e-6, rtol=0)
 
 
+@pytest.mark.filterwarnings("error::dicache.DiCacheWarning")  # NaN would be told
+@pytest.mark.usefixtures("cuda", "nothing_is_zero")
+@pytest.mark.parametrize("how", [HOST, {**HOST, "cache_dtype": FP8}], ids=["own", "fp8"])
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("fails_at", ["_make_room", "_unpack", "_pack", "empty"])
+def test_an_error_anywhere_lets_nobody_read_what_was_never_written(
+    fails_at: str, granularity: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = {**FREE, "schedule": "CCRRCRCRRC", "error": "delta_y", "alignment": "l1"}
+    config = DiCacheConfig(**rules, **how, granularity=granularity)
+    original, left, failed = getattr(PackedBuffer, fails_at), 0, 0
+
+    def fail_once(buffer: PackedBuffer) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise MemoryError
+        original(buffer)
+
+    monkeypatch.setattr(PackedBuffer, fails_at, fail_once)
+    for place in range(1, 20):
+        session, left = DiCacheSession(config), place
+        for x, p, y in walk(10):
+            try:
+                with session.step("cond") as step:
+                    if step.needs_probe:
+                        step.probe(x, p)
+                    done = step.reuse(x) if step.action == "reuse" else step.record(x, p, y)
+                assert done.isfinite().all()
+            except MemoryError:
+                failed += 1
+    assert failed == 19
+
+
 # --- on a GPU ------------------------------------------------------------------------------------
 
 
