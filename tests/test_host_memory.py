@@ -366,12 +366,11 @@ def test_on_a_gpu_pages_are_locked_and_given_back() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_pages_stay_while_a_copy_is_on_its_way() -> None:
-    steps = on_gpu(walk(3))
     session = DiCacheSession(DiCacheConfig(**DEFAULT))
-    torch.cuda.synchronize()
-    for index, (x, p, y) in enumerate(steps[:2]):
+    for index, (x, p, y) in enumerate(on_gpu(walk(4))):
         with session.step("cond") as step:
-            if index == 1:
+            if index == 3:  # by now all kernels are loaded, which may wait for the device
+                torch.cuda.synchronize()
                 torch.cuda._sleep(2_000_000_000)  # about a second; the copies are behind it
             step.record(x, p, y)
     held = locked_pages(session)
