@@ -10,9 +10,10 @@ from helpers import mask, trajectory_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, Where, ops
-from dicache.core import trajectory
-from dicache.core.readback import Readback
-from dicache.core.trajectory import Trajectory
+from dicache.core import trajectory as trajectories
+from dicache.core.readback import Mailbox, Readback
+from dicache.core.step import Step
+from dicache.core.where import Check
 
 ALWAYS_REUSE = {"threshold": math.inf, "retention_ratio": 0.0, "compute_last_step": False}
 
@@ -34,7 +35,7 @@ def run_step(session, values, context="cond", **where):
             y = step.reuse(x)
         else:
             step.resume(x, p)
-            step.record(y)
+            y = step.record(y if step.rows is None else y[step.rows])
     return step.action, y
 
 
@@ -98,49 +99,109 @@ def test_state_may_be_freed_in_the_middle_of_a_step_that_begins_a_run(free):
 
 
 class Log(list):
-    """What a session did, in order: combine, wait."""
+    """What a session did, in order: both (statistics and combine), combine, wait."""
 
-    def watch(self, monkeypatch, runs_ahead):
-        combine, wait, init = Trajectory.combine, Readback.wait, Trajectory.__init__
+    def watch(self, monkeypatch, runs_ahead, most_bytes=0):
+        monkeypatch.setattr(trajectories, "runs_ahead", lambda x: runs_ahead)
+        monkeypatch.setattr(trajectories, "_ONE_LAUNCH_BYTES", most_bytes)
+        for thing, name, called in (
+            (ops, "probe_and_combine", "both"),
+            (ops, "combine_residuals", "combine"),
+            (Readback, "wait", "wait"),
+            (Mailbox, "wait", "wait"),
+        ):
+            monkeypatch.setattr(thing, name, self.logged(called, getattr(thing, name)))
 
-        def logged(name, call):
-            def run(*args):
-                self.append(name)
-                return call(*args)
+    def logged(self, name, call):
+        def run(*args, **kwargs):
+            self.append(name)
+            return call(*args, **kwargs)
 
-            return run
-
-        def begin(trajectory, *args):
-            init(trajectory, *args)
-            trajectory.runs_ahead = runs_ahead
-
-        monkeypatch.setattr(Trajectory, "combine", logged("combine", combine))
-        monkeypatch.setattr(Readback, "wait", logged("wait", wait))
-        monkeypatch.setattr(Trajectory, "__init__", begin)
+        return run
 
 
+@pytest.mark.parametrize("most_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
 @pytest.mark.parametrize(
     ("error", "threshold"), [("weighted_alignment", 2.0), ("delta_y", 3.0), ("delta_minus", 0.2)]
 )
-def test_tokens_that_are_queued_before_the_decision_are_the_same(error, threshold, monkeypatch):
-    """As on a GPU, which works on them while the host decides."""
+def test_tokens_that_are_queued_before_the_decision_are_the_same(
+    error, threshold, granularity, rows, most_bytes, monkeypatch
+):
+    """As on a GPU, which works on them while the host decides, and leaves it a letter."""
     alignment = "l1" if error.startswith("delta") else "least_squares"
     rules = {"retention_ratio": 0, "compute_last_step": False}
+    rules["granularity"] = granularity
     config = DiCacheConfig(threshold=threshold, error=error, alignment=alignment, **rules)
     outputs, logs, schedules = [], [], []
     for runs_ahead in (False, True):
         with monkeypatch.context() as patch:
             log = Log()
-            log.watch(patch, runs_ahead)
-            session = DiCacheSession(config)
-            outputs.append([run_step(session, tensors(seed))[1] for seed in range(12)])
+            log.watch(patch, runs_ahead, most_bytes)
+            session, shape = DiCacheSession(config), (rows, 6, 8)
+            outputs.append([run_step(session, tensors(seed, shape))[1] for seed in range(12)])
             logs.append(log), schedules.append(actions(session))
-    assert schedules[0] == schedules[1] and {"R", "c"} <= set(schedules[0])
+    assert schedules[0] == schedules[1]
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
     probed = [action for action in schedules[0] if action != "C"]
-    behind = [["wait", "combine"] if action == "R" else ["wait"] for action in probed]
-    assert logs[0] == sum(behind, [])
-    assert logs[1] == ["combine", "wait"] * len(probed)
+    if rows == 1 or granularity == "batch":
+        assert {"R", "c"} <= set(schedules[0])
+        behind = [["wait", "combine"] if action == "R" else ["wait"] for action in probed]
+        assert logs[0] == sum(behind, [])
+    assert logs[1] == ["both" if most_bytes else "combine", "wait"] * 11
+
+
+@pytest.mark.parametrize("most_bytes", [0, 1 << 20])
+def test_a_promised_timestep_comes_with_the_letter(most_bytes, monkeypatch):
+    """That of another run than was promised begins it, as where it is copied."""
+    schedules = []
+    for runs_ahead in (False, True):
+        with monkeypatch.context() as patch:
+            Log().watch(patch, runs_ahead, most_bytes)
+            session, made = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE)), ""
+            for seed, time in enumerate([900, 800, 700, 950, 850, 700]):
+                promised = Check(torch.tensor(time), lambda value: value != 950)
+                where = Where("cond", timestep=float(time), check=promised)
+                made += run_step(session, tensors(seed), where)[0][0]
+            schedules.append(made)
+    assert schedules == ["crrcrr", "crrcrr"]
+
+
+def test_what_is_asked_beside_the_letter_is_read_before_tokens_are_done(monkeypatch):
+    """Copies would wait for the one launch; so it is two where something else is asked."""
+    log = Log()
+    log.watch(monkeypatch, runs_ahead=True, most_bytes=1 << 20)
+    asked = [(torch.zeros(1), 4, lambda answer: False)]
+    monkeypatch.setattr(Step, "_questions", lambda step: [*asked])
+    assert drive(DiCacheSession(DiCacheConfig(**ALWAYS_REUSE)), 3) == "CRR"
+    assert log == ["combine", "wait", "wait"] * 2
+
+
+def test_a_launch_that_leaves_no_letter_is_an_error(monkeypatch):
+    """Numbers of the step before would decide else."""
+    monkeypatch.setattr(trajectories, "runs_ahead", lambda x: True)
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    assert drive(session, 2) == "CR"
+    mailbox = trajectory_of(session)._mailbox
+    elsewhere = torch.zeros_like(mailbox._results.mailbox)
+    mailbox._results = mailbox._results._replace(mailbox=elsewhere)
+    with pytest.raises(RuntimeError, match=r"left no letter"):
+        run_step(session, tensors(2))
+    assert run_step(session, tensors(3))[0] == "compute"  # the branch has no history now
+
+
+def test_serials_begin_again_behind_the_last(monkeypatch):
+    monkeypatch.setattr(trajectories, "runs_ahead", lambda x: True)
+    session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
+    assert drive(session, 2) == "CR"
+    mailbox = trajectory_of(session)._mailbox
+    mailbox._results = mailbox._results._replace(serial=2**31 - 2)
+    seen = []
+    for seed in range(2, 5):
+        assert run_step(session, tensors(seed))[0] == "reuse"
+        seen.append(mailbox._serial.value)
+    assert seen == [2**31 - 1, 1, 2]
 
 
 def test_nothing_is_queued_where_the_rules_forbid_reuse(monkeypatch):
@@ -513,6 +574,7 @@ def test_a_context_holds_the_promised_tensors_and_no_more(rules, count, dtype):
             run_step(session, tensors(seed, shape, dtype), name)
     hidden_state = math.prod(shape) * dtype.itemsize
     small = batch * (4 + 4 * 4)  # newest int32, entry_sums fp32 [B, 4]
+    small += 4 * (batch * {4: 6, 5: 5, 6: 7}[count] + (batch + 1) * 2)  # sums and result
     assert session.stats.cache_tensors == 2 * count
     assert session.stats.cache_bytes == 2 * (count * hidden_state + small)
 
@@ -664,11 +726,11 @@ class Dispatched(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("config", "statistics"),
     [
-        ({"error": "weighted_alignment"}, "dicache::alignment_statistics"),
-        ({"error": "alignment"}, "dicache::alignment_statistics"),
-        ({"error": "delta_y", "alignment": "l1"}, "dicache::probe_statistics"),
-        ({"error": "delta_y"}, "dicache::probe_statistics"),
-        ({"error": "delta_minus", "alignment": "l1"}, "dicache::probe_statistics"),
+        ({"error": "weighted_alignment"}, "dicache::alignment_statistics_out"),
+        ({"error": "alignment"}, "dicache::alignment_statistics_out"),
+        ({"error": "delta_y", "alignment": "l1"}, "dicache::probe_statistics_out"),
+        ({"error": "delta_y"}, "dicache::probe_statistics_out"),
+        ({"error": "delta_minus", "alignment": "l1"}, "dicache::probe_statistics_out"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -804,7 +866,7 @@ def test_a_computed_step_is_not_captured(monkeypatch):
     """A graph would write into the same entry at each replay."""
     session = DiCacheSession(DiCacheConfig(**ALWAYS_REUSE))
     drive(session, 1)
-    monkeypatch.setattr(trajectory, "_is_captured", lambda tensor: True)
+    monkeypatch.setattr(trajectories, "_is_captured", lambda tensor: True)
     x, p, y = tensors(1)
     for end in (lambda step: step.resume(x, p), lambda step: step.record(x, p, y)):
         with session.step("cond") as step:

@@ -14,7 +14,7 @@ from ..stats import MOST_RECORDS, StepRecord
 from .context import Context
 from .judge import COMPUTE, Decision, follow_plan, judge, judge_samples
 from .ranks import Ranks
-from .readback import Readback, one_number
+from .readback import Mailbox, Readback, one_number
 from .rules import Rules
 from .run import UNTOLD, Run, Timeline, Visit
 from .sample import sample_of
@@ -196,22 +196,36 @@ class Step:
             return self._decision
         self._note_tokens(x)
         self._weights = self._context.weights(self.place)
-        measured: list[Tensor] = []
-        if not self._context.is_blind:
-            numbers, self._gamma = trajectory.measure(x, p)
-            measured.append(numbers)
         asked = self._questions()
-        readback = Readback(*measured, *[each for each, _, _ in asked])
-        if trajectory.runs_ahead and any(gate.may_reuse() for gate in self._context.gates):
+        copied = [each for each, _, _ in asked]
+        runs_ahead = trajectory.runs_ahead
+        runs_ahead = runs_ahead and any(gate.may_reuse() for gate in self._context.gates)
+        letter: Mailbox | None = None
+        if not self._context.is_blind:
+            promise = _promise_in(asked, x.device) if trajectory.writes_letters else None
+            if promise is not None:
+                copied.pop()
+            fills_in = runs_ahead and self._weights is None and not copied
+            numbers, self._gamma, self._queued, letter = trajectory.measure(x, p, promise, fills_in)
+            if letter is None:
+                copied.insert(0, numbers)
+        is_early = self._queued is not None
+        readback = Readback(*copied) if copied else None
+        if runs_ahead and self._queued is None:
             self._queued = self._fill_in(trajectory, x, p)
-        answers = readback.wait()
-        found = answers.pop(0) if measured else None
+        answers = [] if readback is None else readback.wait()
+        found = None
+        if letter is not None:
+            found, told = letter.wait(is_early)
+            answers += [] if promise is None else [told]
+        elif not self._context.is_blind:
+            found = answers.pop(0)
         shown = 0
         for (_, what, shows), answer in zip(asked, answers, strict=True):
             if shows(answer):
                 shown |= what
         time = answers[-1] if asked and asked[-1][1] == _ANOTHER_RUN else math.nan
-        if self._context.ranks.are_several and (measured or self._may_see_apart()):
+        if self._context.ranks.are_several and (found or self._may_see_apart()):
             shown, time, found = self._agree(trajectory, shown, time, found)
         self._decision = self._judge(found)
         if shown:
@@ -591,6 +605,14 @@ class Step:
     def _begin_run(self) -> None:
         """This turned out to be a new run's first step: begin it, and be that step."""
         self._open(self._timeline.restart(self._visit.run, self.where))
+
+
+def _promise_in(asked: list[Question], device: torch.device) -> Tensor | None:
+    """The number that tells another run, if a launch on this device can read it."""
+    if not asked or asked[-1][1] != _ANOTHER_RUN:
+        return None
+    promise = asked[-1][0]
+    return promise if promise.device == device and promise.element_size() <= 8 else None
 
 
 def _are_of_another_call(distances: list[list[float]]) -> bool:

@@ -12,22 +12,47 @@ transposed [B, D, S]; operators that work element by element need no copy in ano
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import make_workspace, resolve_backend, why_slow
+from ..ops import make_results, make_workspace, resolve_backend, why_slow
 from .ranks import Ranks
+from .readback import Mailbox
 from .rules import Rules
 from .store import BATCH_DIMENSION, make_store
 from .warning import warn_user
 
 _MOST_WEIGHTS = 1024
+# Up to this size a reused step is one launch: beyond it launches are cheap beside what they move.
+_ONE_LAUNCH_BYTES = 32 << 20
 _PROBES, _RESIDUALS, _OLDEST = "probe_window", "residual_window", "oldest_residual"
 
 # (x, p) of every part of the batch that is computed: of the whole batch, or of single samples.
 Inputs = list[tuple[Tensor, Tensor]]
+
+
+class Measured(NamedTuple):
+    """What a step's probe gave.
+
+    Attributes:
+        numbers: On the device, (error, gamma) of every sample and, in the last row, of the whole
+            batch, [B + 1, 2]. Of all ranks' tokens.
+        gamma: On the device, what each sample is combined with, [B].
+        y: [B, ...] the tokens filled in by it, if they were asked for and could go along.
+        letter: Brings the numbers, and the promise, to the host; `None`: they are to be copied.
+    """
+
+    numbers: Tensor
+    gamma: Tensor
+    y: Tensor | None
+    letter: Mailbox | None
+
+
+def runs_ahead(x: Tensor) -> bool:
+    """Whether work on such tokens may be queued while the host does something else."""
+    return x.is_cuda
 
 
 class Trajectory:
@@ -87,12 +112,16 @@ class Trajectory:
         # The model's last dimension, wherever it lies in memory.
         self.store = make_store(rules, tensors, self._back[-1] - p.dim())
         self._packs = self.store.packs
-        self._arguments = self._arguments_of_statistics()
+        self.runs_ahead = runs_ahead(x)
+        columns = 6 if rules.error.verifies_alignment else 5 + 2 * ("previous_x" in tensors)
+        self._results = make_results(x, p, columns, self.runs_ahead)
+        self._mailbox = Mailbox(self._results) if self.runs_ahead else None
+        self._gamma = self._gamma_of(self._results.result)
         self._stored_probe = False  # whether this step's p and x are in the previous-step buffers
         self._weights: dict[tuple[tuple[float, ...], ...], Tensor] = {}
-        self._x_dtype = x.dtype
+        self._x_dtype, self._p_dtype = x.dtype, p.dtype
+        self._is_small = x.numel() * x.element_size() <= _ONE_LAUNCH_BYTES
         self._take_residuals()
-        self.runs_ahead = x.is_cuda
         self.is_counted = False
 
     def matches(self, x: Tensor, p: Tensor) -> bool:
@@ -103,28 +132,45 @@ class Trajectory:
         """A probe is going to come: begin with what can be done for it before."""
         self.store.expect(_PROBES, *self._previous)
 
-    def measure(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def writes_letters(self) -> bool:
+        """Whether the host need not ask for what statistics found. Ranks add it up first."""
+        return self._mailbox is not None and not (self._ranks and self._ranks.are_several)
+
+    def measure(
+        self, x: Tensor, p: Tensor, promise: Tensor | None = None, fills_in: bool = False
+    ) -> Measured:
         """Ask how far this step is from the last ones.
 
-        Returns:
-            On the device: (error, gamma) of every sample and, in the last row, of the whole batch,
-            [B + 1, 2]; and what each sample is combined with, [B]. Of all ranks' tokens.
+        Args:
+            x: [B, ...] tokens before block 0.
+            p: [B, ...] tokens after the probe.
+            promise: A number on the device that the host wants to read along.
+            fills_in: Whether to `combine` as well, where that is one launch.
         """
         x, p = self._dense_x(x), _dense(self._view(p) if self._is_permuted else p)
+        y = None
         if self._packs:
             self.store.open(_PROBES, *self._previous)
-        if self._previous:
-            sums, numbers = self._ops.probe_statistics(x, p, *self._arguments)
-            self._stored_probe = True
+        mailbox = self._mailbox if self.writes_letters else None
+        out = self._results if mailbox is None else mailbox.address(promise)
+        if fills_in and self._is_one_launch and mailbox is not None:
+            sums, numbers, y = self._ops.probe_and_combine(x, p, *self._both, out=out)
+        elif self._previous:
+            sums, numbers = self._ops.probe_statistics(x, p, *self._arguments, out=out)
         else:
-            sums, numbers = self._ops.alignment_statistics(x, p, *self._arguments)
-        if self._ranks is not None and self._ranks.are_several:
+            sums, numbers = self._ops.alignment_statistics(x, p, *self._arguments, out=out)
+        gamma, self._stored_probe = self._gamma, bool(self._previous)
+        if mailbox is not None:
+            mailbox.sent()
+        elif self._ranks is not None and self._ranks.are_several:
             numbers = self._finish(self._ranks.add_up(sums))
+            gamma = self._gamma_of(numbers)
         if self._packs:
             self.store.save(*self._previous)  # the previous step's probe is this one's by now
             self.store.empty(_PROBES, *self._previous)
             self.store.expect(_RESIDUALS)
-        return numbers, self._gamma_of(numbers)
+        return Measured(numbers, gamma, None if y is None else self._view_back(y), mailbox)
 
     def gamma_from(self, numbers: Sequence[Sequence[float]]) -> Tensor:
         """What each sample is combined with [B], by numbers that another rank measured."""
@@ -258,7 +304,7 @@ class Trajectory:
     def num_bytes(self) -> int:
         """Bytes of everything that is kept between steps."""
         self.is_counted = True
-        small = (self.newest, self.entry_sums, self._workspace)
+        small = (self.newest, self.entry_sums, self._workspace, *self._results[:2])
         return self.store.num_bytes + sum(each.numel() * each.element_size() for each in small)
 
     def _arguments_of_statistics(self) -> tuple[Any, ...]:
@@ -267,9 +313,23 @@ class Trajectory:
         shared = (store[_PROBES], self.newest, self.entry_sums, *rules.gamma_range)
         if error.verifies_alignment:
             return (*shared, error.relative_to_probe, None, self._workspace)
-        x_prev = store["previous_x"] if "previous_x" in self._previous else None
         least_squares = rules.least_squares
-        return (store["previous_probe"], x_prev, *shared, least_squares, None, self._workspace)
+        return (*self._before(), *shared, least_squares, None, self._workspace)
+
+    def _arguments_of_both(self) -> tuple[Any, ...]:
+        """What the operator of a whole reused step takes behind x and p."""
+        rules, error = self._rules, self._rules.error
+        shared = (self.store[_PROBES], self._residuals, self.newest, self.entry_sums)
+        how = (rules.least_squares, error.relative_to_probe, rules.by_sample)
+        return (*self._before(), *shared, *rules.gamma_range, *how, None, self._workspace)
+
+    def _before(self) -> tuple[Tensor | None, Tensor | None]:
+        """p and x of the step before, where the error is about them."""
+        probe, x = (
+            self.store[name] if name in self._previous else None
+            for name in ("previous_probe", "previous_x")
+        )
+        return probe, x
 
     def _finish(self, sums: Tensor) -> Tensor:
         """(error, gamma) [B + 1, 2] from sums, as the operator of the statistics makes them."""
@@ -306,6 +366,9 @@ class Trajectory:
         self._residuals = self.store[_RESIDUALS]
         is_wide = torch.float64 in (self._x_dtype, self._residuals.dtype)
         self._gamma_dtype = torch.float64 if is_wide else torch.float32
+        self._arguments, self._both = self._arguments_of_statistics(), self._arguments_of_both()
+        is_alike = self._x_dtype == self._p_dtype == self._residuals.dtype
+        self._is_one_launch = is_alike and self._is_small and not self._packs
 
     def _add_up_rounded_entries(self) -> None:
         """Sums of q_new - q_old as they are going to be read, which is not as they were written."""
