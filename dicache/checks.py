@@ -240,6 +240,18 @@ def check_memory(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor
                     )
 
 
+def check_kept(written: Mapping[str, Tensor | None], again: Mapping[str, Tensor | None]) -> None:
+    """Refuse to write what is read once more afterwards (the fast backends)."""
+    for name, tensor in again.items():
+        for rows in _rows_of(name, tensor):
+            for other, target in written.items():
+                if any(rows.overlaps(taken) for taken in _rows_of(other, target)):
+                    raise ValueError(
+                        f"{name} overlaps {other}, which is written before it is read again. "
+                        f"Expected memory of its own."
+                    )
+
+
 def _rows_of(name: str, tensor: Tensor | None) -> list[_Rows]:
     if tensor is None or tensor.numel() == 0:
         return []

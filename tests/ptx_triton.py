@@ -8,6 +8,7 @@ launched, as it would be specialized, and runs it on the launcher's own tensors.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
@@ -20,12 +21,17 @@ from triton_recorder import Recorder
 
 from dicache.kernels import alignment, combine, extrapolate, launch, layout, probe, record
 
+fused = importlib.import_module("dicache.kernels.probe_and_combine")  # the function has its name
+
 # Every kernel, and the arguments that it may write.
 KERNELS = {
-    (probe, "_probe_kernel"): {"p_prev", "x_prev", "workspace", "sums", "result"},
-    (probe, "_finish_probe_kernel"): {"result"},
-    (alignment, "_alignment_kernel"): {"workspace", "sums", "result"},
-    (alignment, "_finish_alignment_kernel"): {"result"},
+    (probe, "_probe_kernel"): {"p_prev", "x_prev", "workspace", "sums", "result", "mailbox"},
+    (probe, "_finish_probe_kernel"): {"result", "mailbox"},
+    (alignment, "_alignment_kernel"): {"workspace", "sums", "result", "mailbox"},
+    (alignment, "_finish_alignment_kernel"): {"result", "mailbox"},
+    (fused, "_probe_and_combine_kernel"): {
+        "p_prev", "x_prev", "workspace", "sums", "result", "mailbox", "y",
+    },
     (combine, "_combine_kernel"): {"y"},
     (extrapolate, "_extrapolate_kernel"): {"y"},
     (record, "_record_kernel"): {
@@ -68,6 +74,8 @@ class OnMachine(Recorder):
         # Behind the arguments are pointers to scratch memory, which these kernels do not have.
         given += [0] * (len(program.parameters) - len(given))
         options = {"resident": settings.resident, "weak": settings.weak}
+        if self.options.get("launch_cooperative_grid"):
+            options["resident"] = self.grid[0]  # its promise
         threads = 32 * self.options["num_warps"]
         ptx_machine.launch(program, memory, given, self.grid, threads, settings.seed, **options)
         memory.copy_back()
@@ -103,4 +111,7 @@ def on_machine(settings: Settings, programs: int = 6) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, name, kernel))
         most = mock.Mock(return_value=programs)
         stack.enter_context(mock.patch.object(launch, "max_programs", most))
+        stack.enter_context(mock.patch.object(launch, "_known", {}))
+        has = mock.Mock(return_value=True)
+        stack.enter_context(mock.patch.object(launch, "has_cooperative_launch", has))
         yield

@@ -6,6 +6,7 @@ fused multiply-add. Kernels are compiled as the launch would specialize them, so
 hint or an extra specialized argument shows here.
 """
 
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -20,6 +21,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from triton_recorder import Recorder  # noqa: E402
 
 from dicache.kernels import alignment, combine, extrapolate, launch, probe, record  # noqa: E402
+
+fused = importlib.import_module("dicache.kernels.probe_and_combine")  # the function has its name
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -95,6 +98,13 @@ def call_alignment(tensors):
     alignment.alignment_statistics(*(tensors[name] for name in names), 1.0, 1.5)
 
 
+def call_both(tensors, p_prev=None, x_prev=None, least_squares=False):
+    names = ("probe_window", "residual_window", "newest", "entry_sums")
+    shared = [tensors[name] for name in names]
+    x, p = tensors["x"], tensors["p"]
+    fused.probe_and_combine(x, p, p_prev, x_prev, *shared, 1.0, 1.5, least_squares)
+
+
 def call_combine(tensors):
     names = ("x", "residual_window", "newest", "gamma")
     # Over x where its dtype allows it, so that the output has x's layout.
@@ -124,6 +134,17 @@ KERNELS = {
         probe, "_probe_kernel", lambda t: call_probe(t, least_squares=True), "xpppp", "p",
     ),
     "alignment": (alignment, "_alignment_kernel", call_alignment, "xppp", ""),
+    "alignment and combine": (
+        fused, "_probe_and_combine_kernel", call_both, "xppp xyy", "",
+    ),
+    "delta_y and combine": (
+        fused, "_probe_and_combine_kernel",
+        lambda t: call_both(t, t["p_prev"], least_squares=True), "xpppp xyy", "p",
+    ),
+    "delta_minus and combine": (
+        fused, "_probe_and_combine_kernel",
+        lambda t: call_both(t, t["p_prev"], t["x_prev"], True), "xxpppp xyy", "xp",
+    ),
     "combine": (combine, "_combine_kernel", call_combine, "xyy", "y"),
     "extrapolate": (extrapolate, "_extrapolate_kernel", call_extrapolate, "xpyyyp", "y"),
     "record": (record, "_record_kernel", call_record, "xppy", "py"),
@@ -131,10 +152,17 @@ KERNELS = {
         record, "_record_kernel", lambda t: call_record(t, first=True), "xpy", "ppyy",
     ),
 }  # fmt: skip
+FUSED = [name for name in KERNELS if name.endswith("and combine")]  # y [2, size]: odd addresses
 ELEMENTWISE = ("combine", "extrapolate")
+TWO = ("delta_y least squares", "delta_y and combine")  # with elements of more than 16 bits
 SUMMING = [name for name in KERNELS if name not in ELEMENTWISE]
 # Everything on one generation; on the other two the models' dtype, and the widest registers.
-CASES = [(name, dtypes, 90) for name in KERNELS for dtypes in DTYPES if dtypes != "fp64"]
+CASES = [
+    (name, dtypes, 90)
+    for name in KERNELS
+    for dtypes in DTYPES
+    if dtypes != "fp64" and (name not in FUSED or dtypes == "bf16")
+]
 CASES += [(name, "fp64", 90) for name in ("alignment", *ELEMENTWISE)]
 CASES += [(name, "bf16", capability) for name in KERNELS for capability in (80, 100)]
 CASES += [
@@ -142,6 +170,7 @@ CASES += [
     for name in ("alignment", "extrapolate", "record")
     for capability in (80, 100)
 ]
+CASES += [(name, "fp32", 100) for name in FUSED]
 
 
 class Compiler:
@@ -163,6 +192,7 @@ class Compiler:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_CACHE_DIR", str(self.folder / "cache"))
             patch.setattr(module, kernel_name, recorder)
+            patch.setattr(launch, "has_cooperative_launch", lambda device: True)
             call(make_tensors(dtypes, **layout))
             return Compiled(recorder, capability, self.folder)
 
@@ -176,7 +206,7 @@ def vectors(tensors, dtypes):
     """16-byte accesses a thread for one block of the named tensors."""
     types = dict(zip("xpy", DTYPES[dtypes], strict=True))
     elements = 4 if FP64 in types.values() else 8
-    return sum(elements * types[tensor].itemsize // 16 for tensor in tensors)
+    return sum(elements * types[tensor].itemsize // 16 for tensor in tensors.replace(" ", ""))
 
 
 def wide_accesses(code, instruction):
@@ -201,9 +231,21 @@ def test_registers_suffice(compiled, name, dtypes, capability):
     kernel = compiled(name, dtypes, capability)
     assert (kernel.stack, kernel.local) == (0, 0)
     assert not re.search(r"\b(STL|LDL)\b", kernel.sass)
-    resident = 2 if name == "delta_minus" else 3
+    wide = {FP32, FP64} & set(DTYPES[dtypes])
+    resident = 2 if "minus" in name or (wide and name in TWO) else 3 if wide else 4
     registers = -(-kernel.registers // 8) * 8  # allocated by eights, from 65536
     assert resident * 32 * launch.NUM_WARPS * registers <= 65536
+    if name in SUMMING:
+        per_multiprocessor = []
+        with pytest.MonkeyPatch.context() as patch:
+            ask = lambda device, resident: per_multiprocessor.append(resident) or 64  # noqa: E731
+            patch.setattr(launch, "max_programs", ask)
+            patch.setattr(launch, "_known", {})
+            module, kernel_name, call, *_ = KERNELS[name]
+            patch.setattr(launch, "has_cooperative_launch", lambda device: True)
+            patch.setattr(module, kernel_name, Recorder(getattr(module, kernel_name)))
+            call(make_tensors(DTYPES[dtypes]))
+        assert set(per_multiprocessor) == {resident}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -243,3 +285,25 @@ def test_one_sample_of_odd_size_is_aligned(compiled):
     kernel = compiled("combine", "bf16", 90, batch=1, row=3 * 2048 + 37)
     assert wide_accesses(kernel.ptx, "ld") == 2
     assert wide_accesses(kernel.ptx, "st") == 1
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_a_fused_launch_fills_in_is_stored_16_bytes_at_a_time(compiled, name):
+    kernel = compiled(name, "bf16", 90, size=3 * 2048 + 48)
+    *_, stores = KERNELS[name]
+    assert wide_accesses(kernel.ptx, "st") == vectors(stores + "y", "bf16")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", FUSED)
+def test_a_grid_waits_for_its_last_program(compiled, name, capability):
+    """The round is read before the ticket, and counted by a release that the others acquire."""
+    kernel = compiled(name, "bf16", capability)
+    assert kernel.module.metadata.launch_cooperative_grid
+    ptx = kernel.ptx
+    ticket = re.search(r"atom\.global\.(gpu\.acq_rel|acq_rel\.gpu)\.add\.\w+", ptx)
+    before, after = ptx[: ticket.start()], ptx[ticket.end() :]
+    assert re.search(r"(ld|atom)\.\S*relaxed", before)
+    opened = re.search(r"(red|atom)\.\S*release", after)
+    assert "bar.sync" in after[: opened.start()][after[: opened.start()].rindex("st.global") :]
+    assert re.search(r"(ld|atom)\.\S*acquire", after)

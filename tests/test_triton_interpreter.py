@@ -63,6 +63,7 @@ def kernels(monkeypatch):
     from dicache.kernels import launch
 
     monkeypatch.setattr(launch, "max_programs", lambda device, resident: 6)
+    monkeypatch.setattr(launch, "_known", {})
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN: what is not written shows
     yield kernels
     torch.use_deterministic_algorithms(False)

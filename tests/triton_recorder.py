@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from triton.compiler import ASTSource
 
-from dicache.kernels import launch
-
 TYPE_NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-    torch.int32: "i32", torch.uint8: "u8",
+    torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
 
@@ -24,7 +22,7 @@ class Recorder:
         return self.launch
 
     def launch(self, *args, **kwargs):
-        self.options = {key: kwargs.pop(key) for key in launch.OPTIONS}
+        self.options = {key: kwargs.pop(key) for key in set(kwargs) - set(self.kernel.arg_names)}
         self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
 
     def source(self):
@@ -40,7 +38,7 @@ class Recorder:
                 continue
             signature[param.name] = type_name(param, value)
             address = value.data_ptr() if torch.is_tensor(value) else value
-            if not fixed and address % 16 == 0:
+            if not fixed and not param.do_not_specialize_on_alignment and address % 16 == 0:
                 hints[(position,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, hints)
 

@@ -15,6 +15,7 @@ from .alignment import alignment_statistics, finish_alignment_statistics
 from .combine import combine_residuals
 from .extrapolate import extrapolate_residuals
 from .probe import finish_probe_statistics, probe_statistics
+from .probe_and_combine import probe_and_combine
 from .record import record_residuals
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "extrapolate_residuals",
     "finish_alignment_statistics",
     "finish_probe_statistics",
+    "probe_and_combine",
     "probe_statistics",
     "record_residuals",
 ]

@@ -6,11 +6,15 @@ which of the two is the older. Columns and rules: `dicache.reference`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import checks
+from ..workspace import Results
 from . import launch
 from .memory import is_active, load, my_share
 from .reduction import (
@@ -19,7 +23,9 @@ from .reduction import (
     divide,
     is_last,
     load_column,
+    send,
     store_partial,
+    store_result,
 )
 
 _ROWS = tl.constexpr(64)  # samples finished at once
@@ -36,6 +42,7 @@ def alignment_statistics(
     relative_to_probe: bool = False,
     active: Tensor | None = None,
     workspace: Tensor | None = None,
+    out: Results | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Error and gamma of the verified alignment: how well the trajectory predicts the probe.
 
@@ -45,22 +52,17 @@ def alignment_statistics(
     Arguments, returns and errors: `dicache.reference.alignment_statistics`; rows must be
     contiguous.
     """
-    checks.check_alignment_statistics(x, p, probe_window, newest, entry_sums, low, high, active)
-    checks.check_rows(x=x, p=p, probe_window=probe_window)
-    launch.check_contiguous(newest=newest, entry_sums=entry_sums, active=active)
-    accumulator = launch.wide(x, p)
-    plan = launch.plan(x, p)
-    sums = x.new_empty((plan.batch, 6), dtype=launch.torch_dtype(accumulator))
+    given = (x, p, probe_window, newest, entry_sums, active, workspace)
+    plan = launch.remembered(_prepare, given, low, high, bool(relative_to_probe))
+    sums, result, *letter = launch.results(x, plan, out)
     if plan.batch == 0:
-        return sums, finish_alignment_statistics(sums, low, high, relative_to_probe)
-    result = sums.new_empty((plan.batch + 1, 2))
-    with launch.device_of(x):
-        _alignment_kernel[plan.grid](
-            x, p, probe_window, newest, entry_sums, active,
-            launch.take_workspace(workspace, x, plan), sums, result,
-            low, high, plan.batch, plan.size, plan.programs_per_sample,
-            launch.batch_stride(x), launch.batch_stride(p), *launch.window_strides(probe_window),
-            TO_PROBE=relative_to_probe, ACC=accumulator, BLOCK=plan.block, **launch.OPTIONS,
+        _finish(sums, result, letter, low, high, relative_to_probe)
+    else:
+        if workspace is None:
+            workspace = launch.new_workspace(x, plan)
+        launch.run(
+            _alignment_kernel, plan, x, p, probe_window, newest, entry_sums, active, workspace,
+            sums, result, *letter, low, high,
         )  # fmt: skip
     return sums, result
 
@@ -71,15 +73,51 @@ def finish_alignment_statistics(
     """(error, gamma) [B + 1, 2] from the sums of `alignment_statistics`."""
     checks.check_finish(sums, low, high, columns=(6,))
     result = sums.new_empty((sums.shape[0] + 1, 2))
-    with launch.device_of(sums):
-        _finish_alignment_kernel[(1,)](
-            sums.contiguous(), result, low, high, sums.shape[0],
-            TO_PROBE=relative_to_probe, **launch.OPTIONS,
-        )  # fmt: skip
+    _finish(sums.contiguous(), result, launch.NO_LETTER, low, high, relative_to_probe)
     return result
 
 
-@triton.jit(do_not_specialize=["batch", "size", "per_sample"])
+def _finish(
+    sums: Tensor,
+    result: Tensor,
+    letter: Sequence[Any],
+    low: float,
+    high: float,
+    relative_to_probe: bool,
+) -> None:
+    with launch.current_device_of(sums):
+        _finish_alignment_kernel[(1,)](
+            sums, result, *letter, low, high, sums.shape[0],
+            TO_PROBE=relative_to_probe, **launch.OPTIONS,
+        )  # fmt: skip
+
+
+def _prepare(
+    x: Tensor,
+    p: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    active: Tensor | None,
+    workspace: Tensor | None,
+    low: float,
+    high: float,
+    relative_to_probe: bool,
+) -> launch.Plan:
+    checks.check_alignment_statistics(x, p, probe_window, newest, entry_sums, low, high, active)
+    checks.check_rows(x=x, p=p, probe_window=probe_window)
+    launch.check_contiguous(newest=newest, entry_sums=entry_sums, active=active)
+    strides = (
+        launch.batch_stride(x), launch.batch_stride(p), *launch.window_strides(probe_window),
+    )  # fmt: skip
+    programs = launch.resident(x, p)
+    return launch.summing((x, p), workspace, strides, 6, programs, TO_PROBE=relative_to_probe)
+
+
+@triton.jit(
+    do_not_specialize=["serial", "batch", "size", "per_sample"],
+    do_not_specialize_on_alignment=launch.SMALL,
+)
 def _alignment_kernel(
     x,
     p,
@@ -90,6 +128,9 @@ def _alignment_kernel(
     workspace,
     sums,
     result,
+    mailbox,
+    promise,
+    serial,
     low: tl.float64,
     high: tl.float64,
     batch,
@@ -100,9 +141,79 @@ def _alignment_kernel(
     entry_stride,
     window_stride,
     TO_PROBE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    add_share(
+        x, p, window, newest, entry_sums, active, workspace, size, per_sample,
+        x_stride, p_stride, entry_stride, window_stride, ACC, BLOCK,
+    )  # fmt: skip
+    if is_last(workspace):
+        conclude(
+            workspace, sums, result, mailbox, promise, serial, low, high, batch, per_sample,
+            TO_PROBE, AT_ONCE, ACC,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["serial", "batch"], do_not_specialize_on_alignment=launch.SMALL)
+def _finish_alignment_kernel(
+    sums,
+    result,
+    mailbox,
+    promise,
+    serial,
+    low: tl.float64,
+    high: tl.float64,
+    batch,
+    TO_PROBE: tl.constexpr,
+):
+    _finish_rows(sums, result, mailbox, low, high, batch, TO_PROBE)
+    send(mailbox, promise, serial)
+
+
+@triton.jit
+def conclude(
+    workspace,
+    sums,
+    result,
+    mailbox,
+    promise,
+    serial,
+    low,
+    high,
+    batch,
+    per_sample,
+    TO_PROBE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The last program's part: everything that follows from the partial sums."""
+    add_partials(workspace, sums, None, batch, per_sample, 6, AT_ONCE, ACC)
+    tl.debug_barrier()  # every thread reads rows below that others have stored
+    _finish_rows(sums, result, mailbox, low, high, batch, TO_PROBE)
+    send(mailbox, promise, serial)
+
+
+@triton.jit
+def add_share(
+    x,
+    p,
+    window,
+    newest,
+    entry_sums,
+    active,
+    workspace,
+    size,
+    per_sample,
+    x_stride,
+    p_stride,
+    entry_stride,
+    window_stride,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """This program's partial sums, into the workspace."""
     sample, index, blocks, rest = my_share(per_sample, size, BLOCK)
     lanes = tl.arange(0, BLOCK)
     x += sample * x_stride
@@ -138,17 +249,6 @@ def _alignment_kernel(
     store_partial(workspace, 3, tl.where(first, tl.load(row + 1).to(ACC), 0.0))
     store_partial(workspace, 4, tl.where(first, residual, 0.0))
     store_partial(workspace, 5, tl.sum(pp))
-    if is_last(workspace):
-        add_partials(workspace, sums, None, batch, per_sample, 6, ACC)
-        tl.debug_barrier()  # every thread reads rows below that others have stored
-        _finish_rows(sums, result, low, high, batch, TO_PROBE)
-
-
-@triton.jit(do_not_specialize=["batch"])
-def _finish_alignment_kernel(
-    sums, result, low: tl.float64, high: tl.float64, batch, TO_PROBE: tl.constexpr
-):
-    _finish_rows(sums, result, low, high, batch, TO_PROBE)
 
 
 @triton.jit
@@ -184,7 +284,7 @@ def _add_block(
 
 
 @triton.jit
-def _finish_rows(sums, result, low, high, batch, TO_PROBE: tl.constexpr):
+def _finish_rows(sums, result, mailbox, low, high, batch, TO_PROBE: tl.constexpr):
     """result [B + 1, 2] = (error, gamma) from sums [B, 6]; row B is of the summed sums."""
     zero = tl.zeros([], sums.dtype.element_ty)
     total0, total1, total2, total3, total4, total5 = zero, zero, zero, zero, zero, zero
@@ -201,5 +301,4 @@ def _finish_rows(sums, result, low, high, batch, TO_PROBE: tl.constexpr):
         misfit = tl.where(misfit < 0, 0.0, misfit)  # keeps NaN, which a maximum may drop
         square = divide(misfit, pp if TO_PROBE else qq)
         error = tl.sqrt(square) if square.dtype == tl.float64 else tl.sqrt_rn(square)
-        tl.store(result + 2 * rows, error, mask=rows <= batch)
-        tl.store(result + 2 * rows + 1, gamma, mask=rows <= batch)
+        store_result(result, mailbox, rows, batch, error, gamma)

@@ -28,29 +28,42 @@ def combine_residuals(
 
     Arguments, returns and errors: `dicache.reference.combine_residuals`; rows must be contiguous.
     """
-    checks.check_combine(x, residual_window, newest, gamma, active, out)
-    checks.check_rows(x=x, residual_window=residual_window, out=out)
-    checks.check_memory({"out": out}, {"x": x, "residual_window": residual_window})
-    launch.check_contiguous(newest=newest, active=active)
-    # Rows of a buffer that nobody gave are zero where inactive; those of a given one stay.
-    fills = out is None and active is not None
-    y = x.new_empty(x.shape, dtype=residual_window.dtype) if out is None else out
-    block = launch.block_size(x, residual_window)
-    blocks = triton.cdiv(launch.sample_size(x), block)
-    if blocks == 0:
-        return y
-    with launch.device_of(x):
-        _combine_kernel[(x.shape[0] * blocks,)](
-            x, residual_window, newest, gamma, active, y,
-            launch.sample_size(x), blocks,
-            launch.batch_stride(x), *launch.window_strides(residual_window), gamma.stride(0),
-            launch.batch_stride(y),
-            FILLS=fills, ACC=launch.wide(x, residual_window), BLOCK=block, **launch.OPTIONS,
-        )  # fmt: skip
+    given = (x, residual_window, newest, gamma, active, out)
+    plan = launch.remembered(_prepare, given)
+    if out is None:
+        y = x.new_empty(x.shape, dtype=residual_window.dtype)
+    else:
+        launch.check_memory(plan, {"out": out}, {"x": x, "residual_window": residual_window})
+        y = out
+    if plan.programs:
+        launch.run(_combine_kernel, plan, x, residual_window, newest, gamma, active, y)
     return y
 
 
-@triton.jit(do_not_specialize=["size", "per_sample", "gamma_stride"])
+def _prepare(
+    x: Tensor,
+    residual_window: Tensor,
+    newest: Tensor,
+    gamma: Tensor,
+    active: Tensor | None,
+    out: Tensor | None,
+) -> launch.Plan:
+    checks.check_combine(x, residual_window, newest, gamma, active, out)
+    checks.check_rows(x=x, residual_window=residual_window, out=out)
+    launch.check_contiguous(newest=newest, active=active)
+    strides = (
+        launch.batch_stride(x), *launch.window_strides(residual_window), gamma.stride(0),
+        launch.output_stride(x, out),
+    )  # fmt: skip
+    # Rows of a buffer that nobody gave are zero where inactive; those of a given one stay.
+    fills = out is None and active is not None
+    return launch.elementwise((x, residual_window), strides, FILLS=fills)
+
+
+@triton.jit(
+    do_not_specialize=["size", "per_sample", "gamma_stride"],
+    do_not_specialize_on_alignment=launch.SMALL,
+)
 def _combine_kernel(
     x,
     window,
@@ -80,11 +93,9 @@ def _combine_kernel(
     whole = block < blocks
     if is_active(active, sample):
         if whole:
-            _combine_block(x, window, entry_stride, newest_is_0, weight, y, lanes, None, ACC)
+            combine_block(x, window, entry_stride, newest_is_0, weight, y, lanes, None, ACC)
         else:
-            _combine_block(
-                x, window, entry_stride, newest_is_0, weight, y, lanes, lanes < rest, ACC
-            )
+            combine_block(x, window, entry_stride, newest_is_0, weight, y, lanes, lanes < rest, ACC)
     elif FILLS:
         zeros = tl.zeros([BLOCK], y.dtype.element_ty)
         if whole:
@@ -94,7 +105,8 @@ def _combine_kernel(
 
 
 @triton.jit
-def _combine_block(x, window, entry_stride, newest_is_0, weight, y, lanes, mask, ACC: tl.constexpr):
+def combine_block(x, window, entry_stride, newest_is_0, weight, y, lanes, mask, ACC: tl.constexpr):
+    """One block of y."""
     x_value = load(x + lanes, mask, ACC)
     entry0 = load(window + lanes, mask, ACC)
     entry1 = load(window + entry_stride + lanes, mask, ACC)

@@ -32,35 +32,54 @@ def extrapolate_residuals(
     Arguments, returns and errors: `dicache.reference.extrapolate_residuals`; rows must be
     contiguous.
     """
+    given = (x, p, residual_window, oldest, probe_window, newest, weights, active, out)
+    plan = launch.remembered(_prepare, given)
+    if out is None:
+        y = x.new_empty(x.shape, dtype=residual_window.dtype)
+    else:
+        read = {"x": x, "p": p, "oldest": oldest}
+        read |= {"residual_window": residual_window, "probe_window": probe_window}
+        launch.check_memory(plan, {"out": out}, read)
+        y = out
+    if plan.programs:
+        launch.run(
+            _extrapolate_kernel, plan,
+            x, p, residual_window, oldest, probe_window, newest, weights, active, y,
+        )  # fmt: skip
+    return y
+
+
+def _prepare(
+    x: Tensor,
+    p: Tensor,
+    residual_window: Tensor,
+    oldest: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    weights: Tensor,
+    active: Tensor | None,
+    out: Tensor | None,
+) -> launch.Plan:
     checks.check_extrapolate(
         x, p, residual_window, oldest, probe_window, newest, weights, active, out
     )
     checks.check_rows(x=x, p=p, oldest=oldest, weights=weights, out=out)
     checks.check_rows(residual_window=residual_window, probe_window=probe_window)
-    read = {"x": x, "p": p, "oldest": oldest}
-    read |= {"residual_window": residual_window, "probe_window": probe_window}
-    checks.check_memory({"out": out}, read)
     launch.check_contiguous(newest=newest, active=active)
+    strides = (
+        launch.batch_stride(x), launch.batch_stride(p), launch.batch_stride(oldest),
+        *launch.window_strides(residual_window), *launch.window_strides(probe_window),
+        launch.batch_stride(weights), launch.output_stride(x, out),
+    )  # fmt: skip
     # Rows of a buffer that nobody gave are zero where inactive; those of a given one stay.
     fills = out is None and active is not None
-    y = x.new_empty(x.shape, dtype=residual_window.dtype) if out is None else out
-    block = launch.block_size(x, p, residual_window)
-    blocks = triton.cdiv(launch.sample_size(x), block)
-    if blocks == 0:
-        return y
-    with launch.device_of(x):
-        _extrapolate_kernel[(x.shape[0] * blocks,)](
-            x, p, residual_window, oldest, probe_window, newest, weights, active, y,
-            launch.sample_size(x), blocks,
-            launch.batch_stride(x), launch.batch_stride(p), launch.batch_stride(oldest),
-            *launch.window_strides(residual_window), *launch.window_strides(probe_window),
-            launch.batch_stride(weights), launch.batch_stride(y),
-            FILLS=fills, ACC=launch.wide(x, p, residual_window), BLOCK=block, **launch.OPTIONS,
-        )  # fmt: skip
-    return y
+    return launch.elementwise((x, p, residual_window), strides, FILLS=fills)
 
 
-@triton.jit(do_not_specialize=["size", "per_sample", "weights_stride"])
+@triton.jit(
+    do_not_specialize=["size", "per_sample", "weights_stride"],
+    do_not_specialize_on_alignment=launch.SMALL,
+)
 def _extrapolate_kernel(
     x,
     p,

@@ -46,7 +46,7 @@ def _launch(
     sources = [inputs[min(index, len(inputs) - 1)] for index in range(3)]
     targets = [outputs[min(index, len(outputs) - 1)] for index in range(3)]
     strides = [stride for x in sources for stride in (launch.batch_stride(x), *x.stride()[1:3])]
-    with launch.device_of(inputs[0]):
+    with launch.current_device_of(inputs[0]):
         _permute_kernel[(triton.cdiv(length, _BLOCK), batch * heads)](
             *sources, *targets, temporal, order, length, heads, *strides,
             TENSORS=len(inputs), D=width, WIDTH=triton.next_power_of_2(width), BLOCK=_BLOCK,

@@ -6,11 +6,15 @@ program, so p may be the buffer that it is stored to. Columns and rules: `dicach
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import checks
+from ..workspace import Results
 from . import launch
 from .memory import is_active, load, my_share, store
 from .reduction import (
@@ -19,7 +23,9 @@ from .reduction import (
     divide,
     is_last,
     load_column,
+    send,
     store_partial,
+    store_result,
 )
 
 _ROWS = tl.constexpr(64)  # samples finished at once
@@ -38,6 +44,7 @@ def probe_statistics(
     least_squares: bool = False,
     active: Tensor | None = None,
     workspace: Tensor | None = None,
+    out: Results | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Error and gamma of the published rules; also stores p (and x) for the next step.
 
@@ -47,29 +54,19 @@ def probe_statistics(
     or, with `least_squares`, gamma = clip(<a, d> / <d, d>, low, high). Arguments, returns and
     errors: `dicache.reference.probe_statistics`; rows must be contiguous.
     """
-    checks.check_probe_statistics(
-        x, p, p_prev, x_prev, probe_window, newest, entry_sums, low, high, active
-    )
-    checks.check_rows(x=x, p=p, p_prev=p_prev, x_prev=x_prev, probe_window=probe_window)
+    given = (x, p, p_prev, x_prev, probe_window, newest, entry_sums, active, workspace)
+    plan = launch.remembered(_prepare, given, low, high, bool(least_squares))
     written = {"p_prev": p_prev, "x_prev": x_prev}
-    checks.check_memory(written, {"x": x, "p": p, "probe_window": probe_window})
-    launch.check_contiguous(newest=newest, entry_sums=entry_sums, active=active)
-    accumulator = launch.wide(x, p)
-    plan = launch.plan(x, p, resident=3 if x_prev is None else 2)
-    columns = 5 if x_prev is None else 7
-    sums = x.new_empty((plan.batch, columns), dtype=launch.torch_dtype(accumulator))
+    launch.check_memory(plan, written, {"x": x, "p": p, "probe_window": probe_window})
+    sums, result, *letter = launch.results(x, plan, out)
     if plan.batch == 0:
-        return sums, finish_probe_statistics(sums, low, high)
-    result = sums.new_empty((plan.batch + 1, 2))
-    with launch.device_of(x):
-        _probe_kernel[plan.grid](
-            x, p, p_prev, x_prev, probe_window, newest, entry_sums, active,
-            launch.take_workspace(workspace, x, plan), sums, result,
-            low, high, plan.batch, plan.size, plan.programs_per_sample,
-            launch.batch_stride(x), launch.batch_stride(p), launch.batch_stride(p_prev),
-            launch.batch_stride(x_prev), *launch.window_strides(probe_window),
-            LEAST_SQUARES=least_squares, COLUMNS=columns, ACC=accumulator, BLOCK=plan.block,
-            **launch.OPTIONS,
+        _finish(sums, result, letter, low, high)
+    else:
+        if workspace is None:
+            workspace = launch.new_workspace(x, plan)
+        launch.run(
+            _probe_kernel, plan, x, p, p_prev, x_prev, probe_window, newest, entry_sums, active,
+            workspace, sums, result, *letter, low, high,
         )  # fmt: skip
     return sums, result
 
@@ -78,20 +75,58 @@ def finish_probe_statistics(sums: Tensor, low: float, high: float) -> Tensor:
     """(error, gamma) [B + 1, 2] from the sums of `probe_statistics`, after an all-reduce if any."""
     checks.check_finish(sums, low, high, columns=(5, 7))
     result = sums.new_empty((sums.shape[0] + 1, 2))
-    with launch.device_of(sums):
-        _finish_probe_kernel[(1,)](
-            sums.contiguous(),
-            result,
-            low,
-            high,
-            sums.shape[0],
-            COLUMNS=sums.shape[1],
-            **launch.OPTIONS,
-        )
+    _finish(sums.contiguous(), result, launch.NO_LETTER, low, high)
     return result
 
 
-@triton.jit(do_not_specialize=["batch", "size", "per_sample"])
+def _finish(sums: Tensor, result: Tensor, letter: Sequence[Any], low: float, high: float) -> None:
+    with launch.current_device_of(sums):
+        _finish_probe_kernel[(1,)](
+            sums, result, *letter, low, high, sums.shape[0],
+            COLUMNS=sums.shape[1], **launch.OPTIONS,
+        )  # fmt: skip
+
+
+def _prepare(
+    x: Tensor,
+    p: Tensor,
+    p_prev: Tensor,
+    x_prev: Tensor | None,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    active: Tensor | None,
+    workspace: Tensor | None,
+    low: float,
+    high: float,
+    least_squares: bool,
+) -> launch.Plan:
+    checks.check_probe_statistics(
+        x, p, p_prev, x_prev, probe_window, newest, entry_sums, low, high, active
+    )
+    checks.check_rows(x=x, p=p, p_prev=p_prev, x_prev=x_prev, probe_window=probe_window)
+    launch.check_contiguous(newest=newest, entry_sums=entry_sums, active=active)
+    columns = 5 if x_prev is None else 7
+    strides = (
+        launch.batch_stride(x), launch.batch_stride(p), launch.batch_stride(p_prev),
+        launch.batch_stride(x_prev), *launch.window_strides(probe_window),
+    )  # fmt: skip
+    programs = resident(x, p, x_prev, least_squares)
+    return launch.summing(
+        (x, p), workspace, strides, columns, programs, LEAST_SQUARES=least_squares, COLUMNS=columns
+    )
+
+
+def resident(x: Tensor, p: Tensor, x_prev: Tensor | None, least_squares: bool) -> int:
+    """Programs on one multiprocessor: two sums more, or a wide tensor more, leave room for two."""
+    programs = launch.resident(x, p)
+    return 2 if x_prev is not None or (programs == 3 and least_squares) else programs
+
+
+@triton.jit(
+    do_not_specialize=["serial", "batch", "size", "per_sample"],
+    do_not_specialize_on_alignment=launch.SMALL,
+)
 def _probe_kernel(
     x,
     p,
@@ -104,6 +139,9 @@ def _probe_kernel(
     workspace,
     sums,
     result,
+    mailbox,
+    promise,
+    serial,
     low: tl.float64,
     high: tl.float64,
     batch,
@@ -117,9 +155,85 @@ def _probe_kernel(
     window_stride,
     LEAST_SQUARES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    add_share(
+        x, p, p_prev, x_prev, window, newest, entry_sums, active, workspace, size, per_sample,
+        x_stride, p_stride, p_prev_stride, x_prev_stride, entry_stride, window_stride,
+        LEAST_SQUARES, ACC, BLOCK,
+    )  # fmt: skip
+    if is_last(workspace):
+        conclude(
+            workspace, sums, result, mailbox, promise, serial, low, high, batch, per_sample,
+            COLUMNS, AT_ONCE, ACC,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["serial", "batch"], do_not_specialize_on_alignment=launch.SMALL)
+def _finish_probe_kernel(
+    sums,
+    result,
+    mailbox,
+    promise,
+    serial,
+    low: tl.float64,
+    high: tl.float64,
+    batch,
+    COLUMNS: tl.constexpr,
+):
+    _finish_rows(sums, result, mailbox, low, high, batch, COLUMNS)
+    send(mailbox, promise, serial)
+
+
+@triton.jit
+def conclude(
+    workspace,
+    sums,
+    result,
+    mailbox,
+    promise,
+    serial,
+    low,
+    high,
+    batch,
+    per_sample,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The last program's part: everything that follows from the partial sums."""
+    add_partials(workspace, sums, None, batch, per_sample, COLUMNS, AT_ONCE, ACC)
+    tl.debug_barrier()  # every thread reads rows below that others have stored
+    _finish_rows(sums, result, mailbox, low, high, batch, COLUMNS)
+    send(mailbox, promise, serial)
+
+
+@triton.jit
+def add_share(
+    x,
+    p,
+    p_prev,
+    x_prev,
+    window,
+    newest,
+    entry_sums,
+    active,
+    workspace,
+    size,
+    per_sample,
+    x_stride,
+    p_stride,
+    p_prev_stride,
+    x_prev_stride,
+    entry_stride,
+    window_stride,
+    LEAST_SQUARES: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """This program's partial sums, into the workspace; stores its share of p (and x)."""
     sample, index, blocks, rest = my_share(per_sample, size, BLOCK)
     lanes = tl.arange(0, BLOCK)
     x += sample * x_stride
@@ -163,17 +277,6 @@ def _probe_kernel(
     if x_prev is not None:
         store_partial(workspace, 5, tl.sum(x_moved))
         store_partial(workspace, 6, tl.sum(x_size))
-    if is_last(workspace):
-        add_partials(workspace, sums, None, batch, per_sample, COLUMNS, ACC)
-        tl.debug_barrier()  # every thread reads rows below that others have stored
-        _finish_rows(sums, result, low, high, batch, COLUMNS)
-
-
-@triton.jit(do_not_specialize=["batch"])
-def _finish_probe_kernel(
-    sums, result, low: tl.float64, high: tl.float64, batch, COLUMNS: tl.constexpr
-):
-    _finish_rows(sums, result, low, high, batch, COLUMNS)
 
 
 @triton.jit
@@ -218,7 +321,7 @@ def _add_block(
 
 
 @triton.jit
-def _finish_rows(sums, result, low, high, batch, COLUMNS: tl.constexpr):
+def _finish_rows(sums, result, mailbox, low, high, batch, COLUMNS: tl.constexpr):
     """result [B + 1, 2] = (error, gamma) from sums [B, COLUMNS]; row B is of the summed sums."""
     zero = tl.zeros([], sums.dtype.element_ty)
     total0, total1, total2, total3, total4, total5, total6 = (
@@ -243,5 +346,4 @@ def _finish_rows(sums, result, low, high, batch, COLUMNS: tl.constexpr):
             x_size, total6 = load_column(sums, 6, rows, batch, total6, COLUMNS)
             error = tl.abs(error - divide(x_moved, x_size))
         gamma = clipped_gamma(top, bottom, residual, low, high)
-        tl.store(result + 2 * rows, error, mask=rows <= batch)
-        tl.store(result + 2 * rows + 1, gamma, mask=rows <= batch)
+        store_result(result, mailbox, rows, batch, error, gamma)

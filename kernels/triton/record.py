@@ -37,26 +37,48 @@ def record_residuals(
     stored entries. Arguments and errors: `dicache.reference.record_residuals`; rows must be
     contiguous.
     """
-    checks.check_record(x, p, y, residual_window, probe_window, newest, entry_sums, active)
-    checks.check_rows(x=x, p=p, y=y, residual_window=residual_window, probe_window=probe_window)
+    given = (
+        x, p, y, residual_window, probe_window, newest, entry_sums, active, workspace,
+    )  # fmt: skip
+    plan = launch.remembered(_prepare, given, bool(first))
     windows = {"residual_window": residual_window, "probe_window": probe_window}
-    checks.check_memory(windows, {"x": x, "p": p, "y": y})
-    launch.check_contiguous(newest=newest, entry_sums=entry_sums, active=active)
-    plan = launch.plan(x, p, y)
+    launch.check_memory(plan, windows, {"x": x, "p": p, "y": y})
     if plan.batch == 0:
         return
-    with launch.device_of(x):
-        _record_kernel[plan.grid](
-            x, p, y, residual_window, probe_window, newest, entry_sums, active,
-            launch.take_workspace(workspace, x, plan),
-            plan.batch, plan.size, plan.programs_per_sample,
-            launch.batch_stride(x), launch.batch_stride(p), launch.batch_stride(y),
-            *launch.window_strides(residual_window), *launch.window_strides(probe_window),
-            FIRST=first, ACC=launch.wide(x, p, y), BLOCK=plan.block, **launch.OPTIONS,
-        )  # fmt: skip
+    if workspace is None:
+        workspace = launch.new_workspace(x, plan)
+    launch.run(
+        _record_kernel, plan, x, p, y, residual_window, probe_window, newest, entry_sums, active,
+        workspace,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["batch", "size", "per_sample"])
+def _prepare(
+    x: Tensor,
+    p: Tensor,
+    y: Tensor,
+    residual_window: Tensor,
+    probe_window: Tensor,
+    newest: Tensor,
+    entry_sums: Tensor,
+    active: Tensor | None,
+    workspace: Tensor | None,
+    first: bool,
+) -> launch.Plan:
+    checks.check_record(x, p, y, residual_window, probe_window, newest, entry_sums, active)
+    checks.check_rows(x=x, p=p, y=y, residual_window=residual_window, probe_window=probe_window)
+    launch.check_contiguous(newest=newest, entry_sums=entry_sums, active=active)
+    strides = (
+        launch.batch_stride(x), launch.batch_stride(p), launch.batch_stride(y),
+        *launch.window_strides(residual_window), *launch.window_strides(probe_window),
+    )  # fmt: skip
+    return launch.summing((x, p, y), workspace, strides, 4, launch.resident(x, p, y), FIRST=first)
+
+
+@triton.jit(
+    do_not_specialize=["batch", "size", "per_sample"],
+    do_not_specialize_on_alignment=launch.SMALL,
+)
 def _record_kernel(
     x,
     p,
@@ -78,6 +100,7 @@ def _record_kernel(
     probe_entry_stride,
     probe_stride,
     FIRST: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -122,7 +145,7 @@ def _record_kernel(
         previous = tl.load(entry_sums + sample * 4 + 2).to(ACC)
         store_partial(workspace, 3, tl.where(works & (index == 0), previous, 0.0))
     if is_last(workspace):
-        add_partials(workspace, entry_sums, active, batch, per_sample, 4, ACC)
+        add_partials(workspace, entry_sums, active, batch, per_sample, 4, AT_ONCE, ACC)
         _turn_newest(newest, active, batch)
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..workspace import HEADER_BYTES
-from .memory import is_active
+from ..workspace import HEADER_BYTES, MAILBOX_PROMISE, MAILBOX_RESULT
 
 _HEADER_BYTES = tl.constexpr(HEADER_BYTES)
+_MAILBOX_PROMISE = tl.constexpr(MAILBOX_PROMISE)
+_MAILBOX_RESULT = tl.constexpr(MAILBOX_RESULT)
 _COLUMNS = tl.constexpr(8)  # the room that a workspace has for each program
 
 
@@ -41,31 +42,96 @@ def is_last(workspace):
 
 
 @triton.jit
+def generation_of(workspace):
+    """How often the barrier of a grid on this workspace has opened. Read it before `is_last`.
+
+    It counts up from any value and is never put back: a program that is late cannot take a later
+    launch's opening for its own.
+    """
+    return tl.atomic_add(_generation(workspace), 0, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def let_others_go_on(workspace):
+    """The last program: what it has stored is there for those who `wait_for_the_last`."""
+    tl.debug_barrier()
+    tl.atomic_add(_generation(workspace), 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for_the_last(workspace, generation):
+    """All other programs; the last one must be able to run meanwhile, or they wait for ever."""
+    while tl.atomic_add(_generation(workspace), 0, sem="acquire", scope="gpu") == generation:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _generation(workspace):
+    return workspace.to(tl.pointer_type(tl.int32)) + 1
+
+
+@triton.jit
 def add_partials(
-    workspace, sums, active, batch, per_sample, COLUMNS: tl.constexpr, ACC: tl.constexpr
+    workspace,
+    sums,
+    active,
+    batch,
+    per_sample,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """The last program's part: sums [B, COLUMNS] from the partial sums, then the ticket back to 0.
 
-    Rows of inactive samples stay as they are. `.cg` reads past this multiprocessor's own cache,
-    which may hold what an earlier launch had left.
+    `AT_ONCE` samples are added up beside each other (`launch.samples_at_once`). Rows of inactive
+    samples stay as they are. `.cg` reads past this multiprocessor's own cache, which may hold what
+    an earlier launch had left.
     """
     partials = (workspace + _HEADER_BYTES).to(tl.pointer_type(ACC))
-    columns = tl.arange(0, _COLUMNS)
-    # 512 or, with fp64, 256: a sample's partial sums in one load or two, in few registers.
-    WIDTH: tl.constexpr = 16384 // ACC.primitive_bitwidth
+    rows = tl.arange(0, AT_ONCE * _COLUMNS)  # a column of a sample
+    column = rows % _COLUMNS
+    # One sample: 256 or, with fp64, 128. Eight elements a thread, in few registers.
+    WIDTH: tl.constexpr = 8192 // ACC.primitive_bitwidth // AT_ONCE
     lanes = tl.arange(0, WIDTH)
-    for sample in range(batch):
-        total = tl.zeros([_COLUMNS, WIDTH], ACC)
+    for first in range(0, batch, AT_ONCE):
+        sample = first + rows // _COLUMNS
+        here = (column < COLUMNS) & (sample < batch)
+        begin = column * tl.num_programs(0) + sample * per_sample
+        total = tl.zeros([AT_ONCE * _COLUMNS, WIDTH], ACC)
         for start in range(0, per_sample, WIDTH):
             index = start + lanes
-            mask = (columns < COLUMNS)[:, None] & (index < per_sample)[None, :]
-            offsets = columns[:, None] * tl.num_programs(0) + (sample * per_sample + index)[None, :]
+            mask = here[:, None] & (index < per_sample)[None, :]
+            offsets = begin[:, None] + index[None, :]
             total += tl.load(partials + offsets, mask=mask, other=0.0, cache_modifier=".cg")
         row = tl.sum(total, axis=1)
-        if is_active(active, sample):
-            pointers = sums + sample * COLUMNS + columns
-            tl.store(pointers, row.to(sums.dtype.element_ty), mask=columns < COLUMNS)
+        if active is not None:
+            here = here & (tl.load(active + sample, mask=here, other=0) != 0)
+        tl.store(sums + sample * COLUMNS + column, row.to(sums.dtype.element_ty), mask=here)
     tl.store(workspace.to(tl.pointer_type(tl.int32)), 0)
+
+
+@triton.jit
+def store_result(result, mailbox, rows, batch, error, gamma):
+    """(error, gamma) of `rows` up to row B; the same goes into the mailbox, if there is one."""
+    mask = rows <= batch
+    tl.store(result + 2 * rows, error, mask=mask)
+    tl.store(result + 2 * rows + 1, gamma, mask=mask)
+    if mailbox is not None:
+        letter = (mailbox + _MAILBOX_RESULT).to(tl.pointer_type(error.dtype))
+        tl.store(letter + 2 * rows, error, mask=mask)
+        tl.store(letter + 2 * rows + 1, gamma, mask=mask)
+
+
+@triton.jit
+def send(mailbox, promise, serial):
+    """Ends a letter to the host: whoever finds its serial there finds the rest, too."""
+    if mailbox is not None:
+        if promise is not None:
+            tl.store((mailbox + _MAILBOX_PROMISE).to(promise.dtype), tl.load(promise))
+        tl.debug_barrier()
+        place = mailbox.to(tl.pointer_type(tl.int32))
+        tl.atomic_xchg(place, serial, sem="release", scope="sys")
 
 
 @triton.jit

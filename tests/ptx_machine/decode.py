@@ -147,7 +147,7 @@ class Decoder:
         if name in ("shfl", "ldmatrix", "stmatrix"):
             run = self._shuffle if name == "shfl" else self._matrix
             return Step(text, run(opcode, operands), control="collective")
-        if name in ("atom", "fence", "membar") or "acquire" in opcode or "release" in opcode:
+        if name in ("atom", "red", "fence", "membar") or "acquire" in opcode or "release" in opcode:
             return Step(text, self._ordered(opcode, operands))
         if name in ("ld", "st"):
             return Step(text, self._access(opcode, operands))
@@ -245,11 +245,11 @@ class Decoder:
         known = {name, "global", scope, kind, *orders} | ({operation} if operation else set())
         if set(opcode) != known or len(orders) != 1 or width_of(kind) != 32:
             raise Unsupported(f"opcode {'.'.join(opcode)}")
-        if (name == "atom") != bool(operation):
+        if (name in ("atom", "red")) != bool(operation):
             raise Unsupported(f"opcode {'.'.join(opcode)}")
-        order = orders[0]
-        address = self.address(operands[0 if name == "st" else 1])
-        write = self.writer(operands[0], "u32") if name != "st" else None
+        order, gives = orders[0], name in ("ld", "atom")
+        address = self.address(operands[1 if gives else 0])
+        write = self.writer(operands[0], "u32") if gives else None
         value = self.reader(operands[-1], "u32") if name != "ld" else None
         updates = {
             "": lambda old, given: given,
@@ -264,7 +264,7 @@ class Decoder:
             if value is not None:
                 given, update = int(value(frame)[0]), updates[operation]
                 change = lambda old: update(old, given)  # noqa: E731
-            old = frame.block.atomic(thread, where, order, write is not None, change)
+            old = frame.block.atomic(thread, where, order, name != "st", change)
             if write is not None:
                 write(frame, np.array([old], np.uint32))
 
