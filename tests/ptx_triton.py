@@ -49,6 +49,7 @@ class Settings:
     resident: int = 4
     weak: bool = True
     change: Callable[[str], str] = str  # for mutants
+    watch: Callable[[ptx_machine.Memory], None] | None = None
 
 
 class OnMachine(Recorder):
@@ -73,7 +74,7 @@ class OnMachine(Recorder):
             given.append(value)
         # Behind the arguments are pointers to scratch memory, which these kernels do not have.
         given += [0] * (len(program.parameters) - len(given))
-        options = {"resident": settings.resident, "weak": settings.weak}
+        options = {"resident": settings.resident, "weak": settings.weak, "watch": settings.watch}
         if self.options.get("launch_cooperative_grid"):
             options["resident"] = self.grid[0]  # its promise
         threads = 32 * self.options["num_warps"]

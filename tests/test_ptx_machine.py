@@ -581,6 +581,8 @@ MESSAGES = {
         "",
         True,
     ),
+    "an atomic without a result": ("", "red.global.gpu.release.add.u32 [%rd2], 1", ACQUIRE, "", True),
+    "a relaxed one": ("", "red.relaxed.gpu.global.add.u32 [%rd2], 1", ACQUIRE, "", False),
     "fences": ("fence.acq_rel.gpu;", STORE, LOAD, "membar.gl;", True),
     "no fence at the reader": ("fence.acq_rel.gpu;", STORE, LOAD, "", False),
     "no fence at the writer": ("", STORE, LOAD, "fence.acq_rel.gpu;", False),
@@ -679,6 +681,11 @@ def test_a_block_that_is_not_resident_cannot_be_waited_for() -> None:
         mov.u32 %r12, 0;
         $wait: ld.acquire.gpu.global.u32 %r10, [%rd1]; setp.lt.u32 %p1, %r10, 3; @%p1 bra $wait;"""
     run(body, words(0), blocks=3, threads=1, resident=3)
+
+
+def test_a_launch_that_waits_for_ever() -> None:
+    with pytest.raises(Deadlock, match="still running"):
+        run("$wait: ld.acquire.gpu.global.u32 %r10, [%rd1]; bra.uni $wait;", words(0), threads=1, most_steps=5000)
 
 
 # ---- schedules ----

@@ -40,13 +40,16 @@ class Launch:
         weak: bool = True,
         finds_races: bool = True,
         watch: Callable[[Memory], None] | None = None,
+        most_steps: int = 300_000,
     ) -> None:
         """`arguments` are the parameters in order: numbers, or the bytes of a struct.
 
         `resident` blocks are there at the same time, `weak` is described in memory.py, and without
         `finds_races` a race is let pass, so that a test can see what it does. `watch` looks at
-        memory while the launch runs, as a host does.
+        memory while the launch runs, as a host does. A launch that takes more than `most_steps`
+        is taken to wait for what does not come.
         """
+        self.most_steps = most_steps
         self.watch = watch
         self.decoder = decoded(program)
         self.program, self.memory, self.weak = program, memory, weak
@@ -75,6 +78,8 @@ class Launch:
                 awake = [block for block in able if not block.asleep] or able
                 block = awake[self.random.integers(len(awake))]
                 block.advance()
+                if self.steps > self.most_steps:
+                    raise Deadlock(f"still running after {self.steps} instructions")
                 if self.watch is not None:
                     self.watch(self.memory)
                 if block.has_ended():
