@@ -54,7 +54,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         uri = path.removeprefix("docs/")
         if uri in known:
             link = posixpath.relpath(uri, posixpath.dirname(here) or ".")
-            return f"{is_image}[{text}]({link}{hash_}{anchor})"
+            shown = f"{is_image}[{text}]({link}{hash_}{anchor})"
+            return f"[{shown}]({link})" if is_image else shown  # to enlarge it on a telephone
         if is_image or not (ROOT / path).exists():
             raise PluginError(f"{place}: {target} leads to nothing")
         if config.repo_url:

@@ -70,13 +70,18 @@ def _probe(path: Path) -> None:
             axis.text(x, y + 0.31, text, fontsize=12, style="italic", va="center", ha="center")
     axis.annotate(
         "y = x + r_old + gamma (r_new - r_old)",
-        (9.9, 0.1),
+        (10.0, 0.1),
         (4.6, -0.45),
         fontsize=9,
         color=REUSED,
-        arrowprops={"arrowstyle": "->", "color": REUSED},
+        ha="center",
+        arrowprops={
+            "arrowstyle": "->",
+            "color": REUSED,
+            "connectionstyle": "angle,angleA=0,angleB=90",  # below the blocks
+        },
     )
-    axis.set(xlim=(0, 10.4), ylim=(-0.6, 2.8))
+    axis.set(xlim=(-0.2, 10.4), ylim=(-0.7, 2.8))
     _save(figure, path)
 
 
@@ -117,7 +122,7 @@ def _gate(path: Path, stats: RunStats) -> None:
         axis.bar(record.step, total, 0.8, color=color, alpha=0.55)
         axis.bar(record.step, record.error, 0.8, bottom=total - record.error, color=color)
     axis.axhline(THRESHOLD, color="#c02020", ls="--")
-    axis.text(STEPS - 0.5, THRESHOLD, "threshold ", color="#c02020", ha="right", va="bottom")
+    axis.text(STEPS, THRESHOLD, "threshold", color="#c02020", va="center")  # beside the bars
     axis.set(xlabel="denoising step", ylabel="accumulated error", xlim=(-0.7, STEPS - 0.3))
     axis.set_ylim(0, 3 * THRESHOLD)
     counts = (stats.num_computed, stats.num_resumed, stats.num_reused)
