@@ -58,7 +58,7 @@ from .rules import make_config, make_sparse_config
 SAMPLES = 4
 SPARSE_SAMPLES = 2  # these videos are three times as long, and drawn four times
 _SPARSE_BLOCK = 16  # of 600 tokens, blocks of 128 would leave five a row
-_WARM_UP_STEPS = 6  # enough for every kind of step: computed, resumed, reused
+_WARM_UP_STEPS = 10  # so that there is every kind of step: computed, resumed, reused
 _WARM_UP_RULES = DiCacheConfig()  # a profile or mask is of the runs that count
 # Models this small gain little from more threads, and on a busy machine threads that wait for each
 # other make times meaningless.
