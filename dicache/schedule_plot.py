@@ -1,20 +1,23 @@
 """The schedule plot: what the cache decided in every step of a run, and on which evidence.
 
-One row of panels a context (branch) of the run: the step's error, the accumulated error that is
-compared with the threshold, and the weights of the trajectory. Colour is the step's action.
+One row of panels a context (branch) of the run, and a sample where each has its own decisions: the
+step's error, the accumulated error that is compared with the threshold, and the weights of the
+trajectory. Colour is the step's action.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from .stats import StepRecord
 
@@ -25,6 +28,7 @@ _ACTION_TEXTS = {
     "reuse": "reused: probe only",
 }
 _WEIGHT_COLORS = ("#1f77b4", "#2a9d5c", "#7b3fa0")  # of w1, w2, w3
+_MOST_ROWS = 16  # of panels: a picture of a large batch would be too tall to be drawn, or read
 _STRIP = 0.07  # height of the colour strip, as a share of its panel
 
 
@@ -48,12 +52,17 @@ class PlotRow:
 def save_schedule_plot(path: str | os.PathLike[str], title: str, rows: Sequence[PlotRow]) -> None:
     """Draw the schedule of a cached run and write it to `path`.
 
+    Beyond 16 branches and samples the first 16 are drawn, and the title says so.
+
     Raises:
         ValueError: The run has no records.
     """
-    rows = [row for row in rows if row.records]
+    rows = [each for row in rows if row.records for each in _by_sample(row)]
     if not rows:
         raise ValueError("there is no step to plot: the run has no cache statistics")
+    if len(rows) > _MOST_ROWS:
+        title += f"\nthe first {_MOST_ROWS} of {len(rows)} branches and samples"
+        rows = rows[:_MOST_ROWS]
     figure = Figure(figsize=(13.0, 1.5 + 2.6 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(rows), 3, squeeze=False)
@@ -61,7 +70,20 @@ def save_schedule_plot(path: str | os.PathLike[str], title: str, rows: Sequence[
         _draw_row(axes, row)
     _label_columns(panels, rows[0])
     _draw_head(figure, title)
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():  # a prompt may be in any script; its title shows boxes then
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(path, dpi=110)
+
+
+def _by_sample(row: PlotRow) -> list[PlotRow]:
+    """A row a sample of the batch, where each has its own decisions."""
+    samples = sorted({record.sample for record in row.records if record.sample is not None})
+    if not samples:
+        return [row]
+    of = {each: [r for r in row.records if r.sample in (None, each)] for each in samples}
+    return [
+        replace(row, name=f"{row.name}, sample {each}", records=mine) for each, mine in of.items()
+    ]
 
 
 def _draw_row(axes: Any, row: PlotRow) -> None:
@@ -75,7 +97,7 @@ def _draw_row(axes: Any, row: PlotRow) -> None:
         _draw_actions(panel, records)
     texts = (f"{counts['compute']} computed", f"{counts['resume']} resumed")
     summary = ", ".join((*texts, f"{counts['reuse']} reused"))
-    axes[0].set_ylabel(f"branch {row.name!r}\n{summary}", fontsize=9)
+    axes[0].set_ylabel(f"branch {row.name!r}\n{summary}", fontsize=9, parse_math=False)
 
 
 def _draw_bars(panel: Any, records: Sequence[StepRecord], values: list[float | None]) -> None:
@@ -88,6 +110,8 @@ def _draw_bars(panel: Any, records: Sequence[StepRecord], values: list[float | N
         width=0.85,
         color=[ACTION_COLORS[record.action] for record, _ in shown],
     )
+    if not shown:
+        _say(panel, "no error is finite" if known else "no step was probed")
 
 
 def _draw_threshold(panel: Any, threshold: float | None) -> None:
@@ -108,10 +132,13 @@ def _draw_threshold(panel: Any, threshold: float | None) -> None:
 
 def _draw_weights(panel: Any, records: Sequence[StepRecord]) -> None:
     """gamma of reused steps, or the calibrated weights of those that a profile filled in."""
-    panel.axhline(1.0, color="#bbbbbb", linewidth=1.0, zorder=0)
     gammas = [(record.step, record.gamma) for record in records if record.gamma is not None]
-    _draw_dots(panel, gammas, ACTION_COLORS["reuse"])
     calibrated = [(record.step, record.weights) for record in records if record.weights is not None]
+    if not gammas and not calibrated:
+        _say(panel, "no step was reused")
+        return
+    panel.axhline(1.0, color="#bbbbbb", linewidth=1.0, zorder=0)
+    _draw_dots(panel, gammas, ACTION_COLORS["reuse"])
     if not calibrated:
         return
     for place, color in enumerate(_WEIGHT_COLORS):
@@ -120,6 +147,12 @@ def _draw_weights(panel: Any, records: Sequence[StepRecord]) -> None:
     panel.legend(
         loc="upper left", bbox_to_anchor=(0.0, 1 - _STRIP), ncols=3, frameon=False, fontsize=9
     )
+
+
+def _say(panel: Any, text: str) -> None:
+    """In a panel that has nothing to show; the axis of such a one means nothing."""
+    panel.set_yticks([])
+    panel.text(0.5, 0.45, text, transform=panel.transAxes, ha="center", color="#555555")
 
 
 def _draw_dots(
@@ -135,6 +168,7 @@ def _draw_actions(panel: Any, records: Sequence[StepRecord]) -> None:
     low, high = panel.get_ylim()
     panel.set_ylim(low, low + (high - low) * 1.15 / (1 - _STRIP))
     panel.set_xlim(-0.9, last + 0.9)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     for record in records:
         color = ACTION_COLORS[record.action]
         left, right = record.step - 0.45, record.step + 0.45
@@ -147,7 +181,7 @@ def _label_columns(panels: Any, row: PlotRow) -> None:
         f"error of the step\n{row.error_text}",
         "accumulated error since the last computed step\nreused while below the threshold",
         "gamma of reused steps, or w1, w2, w3 of a profile\n"
-        "gamma 1 repeats the newest residual, more extrapolates",
+        "1 repeats the newest residual, more extrapolates",
     )
     for panel, text in zip(panels[0], titles, strict=True):
         panel.set_title(text, fontsize=10)
@@ -156,6 +190,6 @@ def _label_columns(panels: Any, row: PlotRow) -> None:
 
 
 def _draw_head(figure: Figure, title: str) -> None:
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    figure.suptitle(title, fontsize=13, fontweight="bold", parse_math=False)  # "$" of a prompt
     patches = [Patch(color=ACTION_COLORS[a], label=text) for a, text in _ACTION_TEXTS.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import numpy
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from dicache import DiCacheConfig, RunStats, StepRecord, schedule_plot
@@ -126,6 +128,70 @@ def test_schedule_plot_shows_every_action_in_its_colour(tmp_path):
         rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         # The strip alone: 3 panels x 2 branches x at least one step of about 80 x 15 pixels.
         assert (plot == rgb).all(axis=-1).sum() > 3 * 2 * 80 * 15
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved since."""
+    saved = []
+    save = Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        saved.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+def said(panel):
+    return [text.get_text() for text in panel.texts]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 200])
+def test_schedule_plot_of_any_number_of_steps(steps, tmp_path, figures):
+    records = [StepRecord(0, "compute")]
+    records += [StepRecord(step, "reuse", 0.01, 0.01, 1.5) for step in range(1, steps)]
+    RunStats({"cond": records}).plot(tmp_path / "s.png")
+
+    (figure,) = figures
+    error, total, weight = figure.axes
+    nothing = [["no step was probed"], ["no step was probed"], ["no step was reused"]]
+    assert [said(error), said(total), said(weight)] == (nothing if steps == 1 else [[], [], []])
+    for panel in figure.axes:
+        ticks = [tick for tick in panel.get_xticks() if 0 <= tick < steps]
+        assert ticks[0] == 0 and all(tick == round(tick) for tick in ticks)
+    assert len(error.patches) == len(records) + steps - 1  # a strip of all, and bars
+
+
+def test_schedule_plot_of_samples_with_decisions_of_their_own(tmp_path, figures):
+    """A row each, of which the first ones are drawn."""
+    actions = ("reuse", "resume")
+    records = [
+        StepRecord(step, actions[sample % 2], 0.1, 0.1, sample=sample)
+        for step in range(2)
+        for sample in range(10)
+    ]
+    contexts = {"cond": [StepRecord(0, "compute"), *records], "uncond": records}
+    RunStats(contexts).plot(tmp_path / "s.png")
+    (figure,) = figures
+    labels = [panel.get_ylabel() for panel in figure.axes[::3]]
+    assert labels[:2] == [
+        "branch 'cond, sample 0'\n1 computed, 0 resumed, 2 reused",
+        "branch 'cond, sample 1'\n1 computed, 2 resumed, 0 reused",
+    ]
+    assert labels[-1] == "branch 'uncond, sample 5'\n0 computed, 2 resumed, 0 reused"
+    assert len(labels) == 16
+    assert figure.get_suptitle() == "DiCache\nthe first 16 of 20 branches and samples"
+
+
+def test_schedule_plot_takes_any_prompt_for_its_title(tmp_path, figures):
+    """Dollars are no formula, and a script that the font lacks is no matter for a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number, prompt in enumerate(["$_^$", "a fox", "狐狸 🦊"]):
+            RunStats({prompt: RECORDS}).plot(tmp_path / f"{number}.png", prompt)
+    assert [figure.get_suptitle() for figure in figures][::2] == ["$_^$", "狐狸 🦊"]
 
 
 def test_schedule_plot_needs_steps_but_not_finite_ones(tmp_path):
