@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import runpy
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -99,6 +102,47 @@ def test_a_loop_of_calls_runs_on_a_saved_pipeline(run, tmp_path):
     size = ["--size", 32, 48, "--frames", 5]
     run("loop_of_calls", "--model", folder, "--steps", 2, "--out", tmp_path, *size)
     assert pixels(tmp_path / "video.gif").shape[1:] == (32, 48, 3)
+
+
+def test_controlnet(run, tmp_path):
+    text = run("controlnet", "--steps", 20, "--end", 0.5, "--out", tmp_path)
+    psnr, mask = re.search(r"^(\d+\.\d) dB, ([CR]{20}) ", text, re.M).groups()
+    assert mask[10:12] == "CC"  # where the residuals end, the trajectory begins anew
+    without, cached = (pixels(tmp_path / f"{n}.png") / 255.0 for n in ("without", "cached"))
+    # Rounding to 8 bits adds the variance of two uniform distributions, a level wide.
+    expected = -10 * math.log10(10 ** (-float(psnr) / 10) + 2 / 12 / 255**2)
+    assert -10 * math.log10(((without - cached) ** 2).mean()) == pytest.approx(expected, abs=1)
+
+    longer = run("controlnet", "--steps", 20, "--end", 1, "--out", tmp_path / "longer")
+    assert "CC" not in re.search(r" ([CR]{20}) ", longer)[1][9:13]
+    pipe = pipelines.load_pipeline("flux")
+    prompt = pipelines.default_prompts("flux")[0]
+    plain = pipelines.decode("flux", pipe(**pipelines.pipeline_inputs("flux", prompt, 0, 20)))[0]
+    for folder in (tmp_path, tmp_path / "longer"):  # the ControlNet does something
+        off = pixels(folder / "without.png")[0] / 255.0 - numpy.asarray(to_image(plain)) / 255.0
+        assert (off**2).mean() > 1e-3
+
+
+def test_processes_that_split_a_sequence(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--steps", "12", "--out", str(tmp_path)]
+    command = [sys.executable, *launch, str(EXAMPLES / "split_sequence.py"), *options]
+    paths = os.pathsep.join([str(EXAMPLES.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+    pipe = pipelines.load_pipeline("flux")
+    apply_dicache(pipe)
+    prompt = pipelines.default_prompts("flux")[0]
+    whole = pipelines.decode("flux", pipe(**pipelines.pipeline_inputs("flux", prompt, 0, 12)))[0]
+    stats = get_stats(pipe)["transformer"]
+    mask = stats.mask("cond")
+    assert re.findall(r"^rank (\d): ([CR]+) ", done.stdout, re.M) == [("0", mask), ("1", mask)]
+    stats.cache_bytes //= 2  # each keeps its half of the tokens
+    assert done.stdout.endswith(stats.summary() + "\n") and "R" in mask
+    picture = pixels(tmp_path / "picture.png")[0].astype(int)
+    assert abs(picture - numpy.asarray(to_image(whole))).max() <= 1
 
 
 def test_own_model(run):
