@@ -581,7 +581,13 @@ MESSAGES = {
         "",
         True,
     ),
-    "an atomic without a result": ("", "red.global.gpu.release.add.u32 [%rd2], 1", ACQUIRE, "", True),
+    "an atomic without a result": (
+        "",
+        "red.global.gpu.release.add.u32 [%rd2], 1",
+        ACQUIRE,
+        "",
+        True,
+    ),
     "a relaxed one": ("", "red.relaxed.gpu.global.add.u32 [%rd2], 1", ACQUIRE, "", False),
     "fences": ("fence.acq_rel.gpu;", STORE, LOAD, "membar.gl;", True),
     "no fence at the reader": ("fence.acq_rel.gpu;", STORE, LOAD, "", False),
@@ -685,7 +691,12 @@ def test_a_block_that_is_not_resident_cannot_be_waited_for() -> None:
 
 def test_a_launch_that_waits_for_ever() -> None:
     with pytest.raises(Deadlock, match="still running"):
-        run("$wait: ld.acquire.gpu.global.u32 %r10, [%rd1]; bra.uni $wait;", words(0), threads=1, most_steps=5000)
+        run(
+            "$wait: ld.acquire.gpu.global.u32 %r10, [%rd1]; bra.uni $wait;",
+            words(0),
+            threads=1,
+            most_steps=5000,
+        )
 
 
 # ---- schedules ----
