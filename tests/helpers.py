@@ -35,6 +35,15 @@ def trajectory_of(session: DiCacheSession, name: str = "cond") -> Trajectory:
     raise LookupError(f"{name!r} has no trajectory")
 
 
+def small_bytes(batch: int, count: int) -> int:
+    """What a context keeps beside its `count` large tensors [B, ...], in bytes: fp32 and int32.
+
+    Of a sample: newest, the entries' 4 sums, and 6, 5 or 7 of the step; and (error, gamma), of the
+    batch too.
+    """
+    return 4 * (batch * (1 + 4 + {4: 6, 5: 5, 6: 7}[count]) + 2 * (batch + 1))
+
+
 def cached_model(model: nn.Module) -> CachedModel:
     """What `apply_dicache` put on a transformer."""
     cache = cache_on(model)

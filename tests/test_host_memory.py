@@ -13,7 +13,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 from fake_cuda import cuda as cuda
-from helpers import mask, trajectory_of
+from helpers import mask, small_bytes, trajectory_of
 from test_store import FP8, FREE, RULES, drive, walk
 from torch import Tensor
 
@@ -70,7 +70,7 @@ def test_a_run_takes_whole_pages_and_gives_them_back(
     expected = sum(pages(block * (dtype or torch.float32).itemsize) for block in blocks)
     if dtype == FP8:
         expected += sum(pages(block / 16 * 4) for block in blocks)  # a scale a token
-    small = 3 * (4 + 4 * 4)  # newest and the entries' sums
+    small = small_bytes(3, {"published": 5, "delta_minus": 6}.get(rules, 4))
     assert cuda.num_bytes == expected
     assert session.stats.cache_bytes == expected + small
     gc.disable()  # nothing waits for the collector

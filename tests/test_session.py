@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import mask, trajectory_of
+from helpers import mask, small_bytes, trajectory_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dicache import DiCacheConfig, DiCacheSession, DiCacheWarning, Where, ops
@@ -573,10 +573,8 @@ def test_a_context_holds_the_promised_tensors_and_no_more(rules, count, dtype):
         for name in ("cond", "uncond"):
             run_step(session, tensors(seed, shape, dtype), name)
     hidden_state = math.prod(shape) * dtype.itemsize
-    small = batch * (4 + 4 * 4)  # newest int32, entry_sums fp32 [B, 4]
-    small += 4 * (batch * {4: 6, 5: 5, 6: 7}[count] + (batch + 1) * 2)  # sums and result
     assert session.stats.cache_tensors == 2 * count
-    assert session.stats.cache_bytes == 2 * (count * hidden_state + small)
+    assert session.stats.cache_bytes == 2 * (count * hidden_state + small_bytes(batch, count))
 
 
 def test_state_is_allocated_once_and_rewritten_in_place():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fuzzing import draws
-from helpers import trajectory_of
+from helpers import small_bytes, trajectory_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import build, calls
@@ -125,7 +125,7 @@ def test_buffers_are_empty_beside_the_blocks_and_between_steps(
         held = buffers(trajectory_of(session))
         assert [each.untyped_storage().nbytes() for each in held] == [0] * len(held)
     count = {"delta_minus": 6, "delta_y": 5}.get(rules.get("error", ""), 4)
-    small = 3 * (4 + 4 * 4)  # newest and the entries' sums
+    small = small_bytes(3, count)
     assert session.stats.cache_tensors == count
     assert session.stats.cache_bytes == count * 3 * 4 * 16 * bytes_an_element + small
 
