@@ -693,11 +693,12 @@ torch.save(found, sys.argv[1])
 
 
 def test_every_instruction_set_gives_the_same_bits(cpp: Backend, tmp_path) -> None:
+    pytest.importorskip("dicache._build_info", reason="a wheel for all Pythons has none")
     found = {}
     for name in ("baseline", "avx2", "avx512"):
         path = tmp_path / f"{name}.pt"
         environment = {**os.environ, "DICACHE_INSTRUCTION_SET": name}
-        command = [sys.executable, "-P", "-c", INSTRUCTION_SETS, str(path)]
+        command = [sys.executable, "-c", INSTRUCTION_SETS, str(path)]
         subprocess.run(command, check=True, env=environment, cwd=tmp_path)
         used, *values = torch.load(path)
         found[bytes(used.tolist()).decode()] = values
