@@ -1,5 +1,5 @@
-# make demo | test | test-comfyui | families | docs | fuzz | check | bench | dist | clean. All but the
-# last set up .venv when it is out of date.
+# make demo | test | test-comfyui | families | docs | fuzz | check | bench | wheel | test-wheel | clean.
+# All but the last set up .venv when it is out of date.
 
 PYTHON ?= python3
 # Where torch comes from. Empty is the default package index, whose Linux builds carry CUDA (several
@@ -16,7 +16,7 @@ READY := .venv/.ready
 COMFYUI := .comfyui
 COMFYUI_READY := $(COMFYUI)/.ready
 
-.PHONY: demo test test-comfyui families docs fuzz check bench dist clean
+.PHONY: demo test test-comfyui families docs fuzz check bench wheel test-wheel clean
 
 demo: $(READY)
 	$(BIN)/dicache demo --out demo-output
@@ -55,11 +55,28 @@ bench: $(READY)
 	$(BIN)/pytest benchmarks -o python_files="bench_*.py" --benchmark-only --benchmark-autosave \
 		--benchmark-columns=min,median,iqr,rounds --benchmark-sort=min
 
-# The source distribution, and a wheel built from it for this Python: docs/releasing.md.
-dist: $(READY)
+# In dist/: the source distribution, and built from it one wheel for all versions of Python from 3.10
+# on: docs/releasing.md.
+wheel: $(READY)
 	rm -rf dist
 	DICACHE_BUILD=0 $(BIN)/python setup.py -q sdist
-	$(PIP) wheel -q --no-deps --no-build-isolation --wheel-dir dist dist/dicache-*.tar.gz
+	$(PIP) wheel -q --no-deps --no-build-isolation --wheel-dir dist \
+		--config-settings=--build-option=--py-limited-api=cp310 dist/dicache-*.tar.gz
+
+# Both without this checkout: the unpacked source distribution compiles itself and tests that; then its
+# tests of the operators meet the wheel. There -S leaves out the checkout, which .venv has as a
+# package, and -P the working directory.
+UNPACKED := cd build/unpacked && $(CURDIR)/$(BIN)/python
+test-wheel: wheel
+	rm -rf build/unpacked build/installed
+	mkdir -p build/unpacked
+	tar -xzf dist/dicache-*.tar.gz -C build/unpacked --strip-components 1
+	$(UNPACKED) setup.py -q build_ext --inplace
+	$(UNPACKED) -m pytest -q tests/test_build.py tests/test_reference.py
+	$(PIP) install -q --no-deps --target build/installed dist/dicache-*.whl
+	export PYTHONPATH=$(CURDIR)/build/installed:$$(echo $(CURDIR)/.venv/lib/*/site-packages) && \
+		$(UNPACKED) -S -P -m pytest -q -m "not gpu and not large" \
+		tests/test_operators.py tests/test_run.py
 
 clean:
 	rm -rf build dist site *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

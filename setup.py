@@ -3,6 +3,7 @@
     csrc/cpu/     C++, any CPU        -> dicache._C           operators, torch's stable ABI
     csrc/cuda/    CUDA C++            -> dicache._C_cuda      operators, torch's stable ABI
     csrc/python/  C++ with pybind11   -> dicache._build_info  facts and launch plans, no torch
+                                         dicache/_build.json  what was built, and why not the rest
 
     DICACHE_BUILD   unset: build what this machine can, and install without the rest
                     0: build nothing    cpu: all but CUDA    cuda: everything
@@ -10,16 +11,22 @@
 
 A module that is missing costs speed, never function: `dicache.reference` runs everywhere. Install
 with --no-build-isolation: the build needs the torch that will load it.
+
+The operators know no Python, so they are for all versions of it. `_build_info` is for the one that
+builds it, since pybind11 has no stable ABI. A wheel for all is asked for by setuptools' own option
+(`bdist_wheel --py-limited-api=cp310`, as `make wheel` does) and leaves that module out.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 
@@ -31,6 +38,9 @@ STABLE_ABI = ("2.11", "0x020b000000000000")
 # fmad, fp-contract: y and the recorded residuals are bitwise equal in every backend.
 CXX = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
 NVCC = ["-std=c++20", "-O3", "--fmad=false", "-lineinfo", "-DUSE_CUDA"]
+NO_CUDA = (
+    "there was no CUDA build of torch with nvcc and libcudart of its major version in CUDA_HOME"
+)
 
 
 def check_links() -> None:
@@ -89,7 +99,11 @@ def architectures(version: str) -> str:
     )
 
 
-def extensions() -> list[Extension]:
+def extensions() -> tuple[list[Extension], dict[str, Any]]:
+    """The modules to build, and what _build.json says of them: facts, and reasons for what lacks.
+
+    A file, since it is read where no module for this Python is, and before _C_cuda is loaded.
+    """
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     common = {"depends": sources("csrc/**/*.h", "csrc/**/*.cuh"), "optional": not BUILD}
@@ -106,42 +120,54 @@ def extensions() -> list[Extension]:
         )
 
     built = [operators(CppExtension, "_C", "cpu", cxx=CXX)]
-    facts = [("DICACHE_TORCH_ABI", f'"{STABLE_ABI[0]}"')]
+    missing: dict[str, str] = {}
+    record = {"torch_stable_abi": STABLE_ABI[0], "missing": missing}
     version = cuda_version() if BUILD in ("", "cuda") else None
-    if version is None and BUILD == "cuda":
-        sys.exit(
-            "DICACHE_BUILD=cuda needs a CUDA build of torch, and in CUDA_HOME nvcc and libcudart "
-            "of the same major version."
-        )
     if version is not None:
-        facts.append(("DICACHE_CUDA_VERSION", f'"{version}"'))
-        facts.append(("DICACHE_CUDA_ARCHITECTURES", f'"{architectures(version)}"'))
+        record |= {"cuda": version, "cuda_architectures": architectures(version)}
         flags = {"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": NVCC}
         built.append(operators(CUDAExtension, "_C_cuda", "cuda", **flags))
+    elif BUILD == "cuda":
+        sys.exit(f"DICACHE_BUILD=cuda: {NO_CUDA}.")
+    else:
+        missing["_C_cuda"] = "DICACHE_BUILD was cpu" if BUILD else NO_CUDA
     try:
         import pybind11
     except ImportError as error:
         if BUILD:
             raise
+        missing["_build_info"] = str(error)
         print(f"dicache: _build_info is not built, because {error}", file=sys.stderr)
-        return built
+        return built, record
     info = Extension(
         "dicache._build_info",
         ["csrc/python/build_info.cpp"],
         include_dirs=[*INCLUDE, pybind11.get_include()],
-        define_macros=facts,
         extra_compile_args={"cxx": ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden"]},
         language="c++",
         **common,
     )
-    return [*built, info]
+    return [*built, info], record
 
 
-def build_command() -> type:
+def build_command(record: dict[str, Any]) -> type:
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
-        """torch's command; what is optional may fail, and says so."""
+        """torch's command; what is optional may fail, and says so, also in _build.json."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+            if wheel is not None and wheel.py_limited_api:
+                record["missing"]["_build_info"] = "this is a wheel for all versions of Python"
+                self.extensions = [e for e in self.extensions if e.py_limited_api]
+
+        def run(self) -> None:
+            super().run()
+            path = Path(self.get_ext_fullpath("dicache._C")).with_name("_build.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
 
         def build_extension(self, extension: Extension) -> None:
             try:
@@ -150,24 +176,50 @@ def build_command() -> type:
                 if not extension.optional:
                     raise
                 self.warn(f"{extension.name} is not built, dicache works without it: {error}")
-                info = self.extensions[-1]  # is built last, and must not tell of what is not there
-                if extension.name == "dicache._C_cuda" and info.name == "dicache._build_info":
-                    info.define_macros = [m for m in info.define_macros if "CUDA" not in m[0]]
+                record["missing"][extension.name.removeprefix("dicache.")] = str(error)
 
     return Build
+
+
+def described() -> dict[str, Any]:
+    """What an index shows: addresses, and README.md with links that lead there from an index, too.
+
+    Both begin with `repo_url` in mkdocs.yml. As long as there is none, links become plain text and
+    pictures are left out, as an index has no files beside the text.
+    """
+    found = re.search(r"^repo_url: *(\S+?)/?$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    home = found and found[1]
+
+    def absolute(link: re.Match[str]) -> str:
+        is_image, text, target = link.groups()
+        if home:
+            return f"{is_image}[{text}]({home}/{'raw' if is_image else 'blob'}/HEAD/{target})"
+        return "" if is_image else text
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    addresses = {"Paper": "https://arxiv.org/abs/2508.17356"}
+    if home:
+        addresses |= {"Repository": home, "Issues": f"{home}/issues"}
+        addresses |= {"Changelog": f"{home}/blob/HEAD/CHANGELOG.md"}
+    return {
+        "project_urls": addresses,
+        "long_description": re.sub(r"(!?)\[([^\[\]]+)\]\(([^)#:\s][^):\s]*)\)", absolute, readme),
+        "long_description_content_type": "text/markdown",
+    }
 
 
 check_links()
 if BUILD not in ("", "0", "cpu", "cuda"):
     sys.exit(f"DICACHE_BUILD={BUILD!r}. Expected 0, cpu or cuda, or leave it unset.")
+plan: dict[str, Any] = {}
 try:
-    plan = {} if BUILD == "0" else {"ext_modules": extensions()}
-    plan = plan and {**plan, "cmdclass": {"build_ext": build_command()}}
+    if BUILD != "0":
+        modules, record = extensions()
+        plan = {"ext_modules": modules, "cmdclass": {"build_ext": build_command(record)}}
 except ImportError as error:  # torch or pybind11: pip builds in isolation unless told otherwise
     if BUILD:
         sys.exit(
             f"DICACHE_BUILD={BUILD} needs torch and pybind11; use --no-build-isolation. {error}"
         )
     print(f"dicache: nothing is compiled, because {error}", file=sys.stderr)
-    plan = {}
-setup(**plan)
+setup(**plan, **described())

@@ -1,12 +1,12 @@
-"""What was built, and how an operator will be launched (csrc/python/build_info.cpp)."""
+"""What only C++ knows of a build, and how an operator will be launched.
+
+In csrc/python/build_info.cpp. A wheel for all versions of Python has no such module.
+"""
 
 from typing import TypedDict
 
 class BuildFacts(TypedDict):
     compiler: str
-    torch_stable_abi: str
-    cuda: str | None
-    cuda_architectures: str | None
     instruction_set: str
 
 class LaunchPlan(TypedDict):

@@ -22,6 +22,7 @@ operator takes part in autograd.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -356,19 +357,22 @@ def _no_gpu() -> str | None:
     """Why the CUDA operators that were built cannot run here; `None` if they can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    built = _cuda_architectures()
+    built = build_record().get("cuda_architectures")
     capability = torch.cuda.get_device_capability()
     if built is None or _covers(built, capability):
         return None
     return f"built for {built}, and this GPU is {capability[0]}.{capability[1]}"
 
 
-def _cuda_architectures() -> str | None:
+def build_record() -> dict[str, Any]:
+    """What setup.py noted of its build: facts, and `missing`, why a module is not there.
+
+    Empty where nothing was compiled. It is no module, since it holds for every version of Python.
+    """
     try:
-        from ._build_info import build_facts
-    except ImportError:
-        return None
-    return build_facts()["cuda_architectures"]
+        return json.loads((Path(__file__).parent / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _covers(built: str, capability: tuple[int, int]) -> bool:
@@ -410,9 +414,11 @@ def _load(extension: str) -> str | None:
     if extension == "_C_cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     wanted = "cuda" if extension == "_C_cuda" else "cpu"
+    isolated = "nothing was compiled here, as where pip builds in isolation, without torch"
+    reason = build_record().get("missing", {}).get(extension, isolated)
     return (
-        f"dicache.{extension} was not built with this installation; DICACHE_BUILD={wanted} pip "
-        f"install --no-build-isolation ... builds it or says why not"
+        f"dicache.{extension} was not built: {reason}. DICACHE_BUILD={wanted} pip install "
+        f"--no-build-isolation ... builds it or says why not"
     )
 
 

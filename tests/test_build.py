@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.C
         ignored = shutil.ignore_patterns("*.so", "models", "__pycache__")
         if not (folder / name).exists():
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "mkdocs.yml"):
         shutil.copy(ROOT / name, folder)
     clean = {key: value for key, value in os.environ.items() if key != "DICACHE_BUILD"}
     return subprocess.run(
@@ -43,6 +45,14 @@ def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.C
         capture_output=True,
         text=True,
     )
+
+
+def empty_the_sources(folder: Path) -> None:
+    """For tests of what is built from what: compiled in a second, and of no use."""
+    for path in (*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.cu")):
+        empty = folder / path.relative_to(ROOT)
+        empty.parent.mkdir(parents=True, exist_ok=True)
+        empty.touch()
 
 
 @built
@@ -68,8 +78,7 @@ def test_build_facts_and_launch_plans():
     from dicache._build_info import build_facts, launch_plan
 
     facts = build_facts()
-    assert facts["torch_stable_abi"] == "2.11"
-    assert (facts["cuda"] is None) == (facts["cuda_architectures"] is None)
+    assert facts["compiler"].startswith(("GCC", "clang"))
     assert facts["instruction_set"] in ("baseline", "AVX2", "AVX-512")
     plan = launch_plan("alignment_statistics", 1, 4096 * 3072, 132)
     assert plan["launches"] == 1
@@ -175,8 +184,20 @@ def test_without_a_compiler_the_package_is_built_all_the_same(tmp_path):
     done = run_setup(tmp_path, "build_ext", "--inplace", **missing)
     assert done.returncode == 0, done.stderr
     assert "_C is not built" in done.stdout + done.stderr
+    record = json.loads((tmp_path / "dicache" / "_build.json").read_text())
+    assert record["missing"]["_C"] and record["missing"]["_build_info"]
     done = run_setup(tmp_path, "build_ext", "--inplace", DICACHE_BUILD="cpu", **missing)
     assert done.returncode != 0
+
+
+def test_why_a_module_is_not_there_is_told_by_its_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    assert "as where pip builds in isolation" in ops._load("_C")
+    record = tmp_path / "_build.json"
+    record.write_text(json.dumps({"missing": {"_C": "the compiler crashed"}}))
+    assert "not built: the compiler crashed. DICACHE_BUILD=cpu pip install" in ops._load("_C")
+    record.write_text("{")  # an import that fails for want of a reason would be worse
+    assert "as where pip builds in isolation" in ops._load("_C")
 
 
 def test_without_compiled_modules_the_reference_runs_and_says_why(tmp_path):
@@ -190,7 +211,7 @@ def test_without_compiled_modules_the_reference_runs_and_says_why(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "DICACHE_BUILD=cpu" in done.stdout
+    assert "as where pip builds in isolation" in done.stdout and "DICACHE_BUILD=cpu" in done.stdout
     assert "tensor(6.)" in done.stdout
 
 
@@ -293,9 +314,45 @@ def test_an_installation_that_compiled_nothing_says_so_where_it_costs(monkeypatc
 @built
 def test_the_operators_are_built_where_there_is_no_pybind11(tmp_path):
     """It is for the introspection module alone."""
+    empty_the_sources(tmp_path)
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "pybind11.py").write_text("raise ImportError('no pybind11')")
-    done = run_setup(
-        tmp_path, "-q", "build_ext", "--inplace", "--dry-run", PYTHONPATH=str(tmp_path / "hidden")
-    )
+    done = run_setup(tmp_path, "-q", "build_ext", "--inplace", PYTHONPATH=str(tmp_path / "hidden"))
     assert "_build_info is not built, because no pybind11" in done.stderr
+    assert (tmp_path / "dicache" / "_C.abi3.so").is_file()
+    record = json.loads((tmp_path / "dicache" / "_build.json").read_text())
+    assert record["missing"]["_build_info"] == "no pybind11" and "_C" not in record["missing"]
+
+
+@built
+@pytest.mark.parametrize("is_for_all", [True, False])
+def test_a_wheels_tag_tells_which_pythons_it_is_for(is_for_all, tmp_path):
+    """A module of one version is in no wheel for all, and in every other one."""
+    empty_the_sources(tmp_path)
+    options = ["--py-limited-api=cp310"] if is_for_all else []
+    done = run_setup(tmp_path, "-q", "bdist_wheel", *options, DICACHE_BUILD="cpu")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        libraries = {Path(name).name for name in wheel.namelist() if name.endswith(".so")}
+        record = json.loads(wheel.read("dicache/_build.json"))
+    this = "cp{}{}".format(*sys.version_info)
+    assert path.name.split("-")[2:4] == (["cp310", "abi3"] if is_for_all else [this, this])
+    assert "_C.abi3.so" in libraries and record["torch_stable_abi"] == "2.11"
+    assert len(libraries) == (1 if is_for_all else 2), libraries
+    reason = record["missing"].get("_build_info")
+    assert reason == ("this is a wheel for all versions of Python" if is_for_all else None)
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_a_wheel_for_all_versions_of_python_says_what_it_knows(cuda, monkeypatch):
+    info = pytest.importorskip("dicache.cli.info")
+    reasons = {"_build_info": "this is a wheel for all"} | ({} if cuda else {"_C_cuda": "no nvcc"})
+    record = {"torch_stable_abi": "2.11", "cuda": "13.0", "cuda_architectures": "9.0"}
+    monkeypatch.setattr(info, "build_record", lambda: record | {"missing": reasons})
+    monkeypatch.setitem(sys.modules, "dicache._build_info", None)
+    assert info.build() == {
+        "torch, at least": "2.11",
+        "CUDA": "13.0 for 9.0" if cuda else "not built",
+        "compiler, launches": "not known: this is a wheel for all",
+    }

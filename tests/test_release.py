@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_the_version_is_one():
     assert headings[0] == "Unreleased"
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert headings[1] == str(citation["version"]) == dicache.__version__
-    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert "version" in PROJECT["project"]["dynamic"]
     assert citation["license"] == PROJECT["project"]["license"]
 
 
@@ -59,6 +60,42 @@ def test_a_source_distribution_has_all_that_git_has(tmp_path):
         names = {name.partition("/")[2] for name in packed.getnames()}
     assert {name for name in tracked - names if not name.startswith((".git", ".github/"))} == set()
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+@pytest.mark.parametrize("home", ["", "https://example.org/us/dicache"])
+def test_an_index_gets_no_link_and_no_picture_that_it_cannot_follow(home, tmp_path):
+    """An index shows the README without the files beside it."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "mkdocs.yml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("dicache/__init__.py", "dicache/kernels/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    menu = re.sub("^repo_url:.*", "", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
+    (tmp_path / "mkdocs.yml").write_text(menu + (f"repo_url: {home}/\n" if home else ""))
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info"],
+        cwd=tmp_path,
+        env={"DICACHE_BUILD": "0", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    metadata = message_from_string((tmp_path / "dicache.egg-info" / "PKG-INFO").read_text())
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = metadata.get_payload()
+    assert "# dicache" in text and "the whole table" in text
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets and all(target.startswith("https://") for target in targets)
+    led_here = {t.partition("/HEAD/")[2].partition("#")[0] for t in targets if "/HEAD/" in t}
+    assert all((ROOT / name).exists() for name in led_here)
+    picture = f"]({home}/raw/HEAD/docs/images/demo-flux.png)"
+    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
+    assert addresses["Paper"] in (ROOT / "CITATION.cff").read_text()
+    if home:
+        assert picture in text and {"docs/families.md", "CONTRIBUTING.md"} <= led_here
+        assert addresses["Repository"] == home and len(addresses) == 4
+    else:
+        assert "![" not in text and not led_here and len(addresses) == 1
 
 
 @published_files

@@ -1,7 +1,9 @@
-// dicache._build_info: what was built, and how an operator will be launched.
+// dicache._build_info: what only C++ knows of a build, and how an operator will be launched.
 //
-// A pybind11 module without torch: `dicache info`, the benchmarks and the tests ask it for facts.
-// The operators themselves are in _C and _C_cuda, which know neither Python nor pybind11.
+// A pybind11 module without torch: `dicache info` and the tests ask it for facts. The operators
+// themselves are in _C and _C_cuda, which know neither Python nor pybind11; what setup.py knows is
+// in _build.json. pybind11 has no stable ABI, so this is for one version of Python, and nothing
+// that a run needs may stand here.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -35,18 +37,9 @@ const char* name_of(dicache::InstructionSet set) {
   }
 }
 
-// DICACHE_CUDA_VERSION and DICACHE_CUDA_ARCHITECTURES are set by setup.py where it builds _C_cuda.
 py::dict build_facts() {
   py::dict facts;
   facts["compiler"] = compiler();
-  facts["torch_stable_abi"] = DICACHE_TORCH_ABI;
-#if defined(DICACHE_CUDA_VERSION)
-  facts["cuda"] = DICACHE_CUDA_VERSION;
-  facts["cuda_architectures"] = DICACHE_CUDA_ARCHITECTURES;
-#else
-  facts["cuda"] = py::none();
-  facts["cuda_architectures"] = py::none();
-#endif
   facts["instruction_set"] = name_of(dicache::instruction_set());
   return facts;
 }
@@ -82,10 +75,9 @@ py::dict launch_plan(const std::string& name, int64_t batch, int64_t size, int m
 }  // namespace
 
 PYBIND11_MODULE(_build_info, module) {
-  module.doc() = "What was built, and how an operator will be launched.";
+  module.doc() = "What only C++ knows of a build, and how an operator will be launched.";
   module.def("build_facts", &build_facts,
-             "Compiler, stable ABI version of torch, CUDA version and architectures (None where "
-             "_C_cuda was not built), and the instruction set the CPU operators use here.");
+             "The compiler, and the instruction set that the CPU operators use here.");
   module.def(
       "launch_plan", &launch_plan, py::arg("operator"), py::arg("batch"), py::arg("size"),
       py::arg("multiprocessors"),

@@ -15,7 +15,7 @@ from rich.table import Table
 
 import dicache
 from dicache.driver.families import supported_families
-from dicache.ops import backend_status
+from dicache.ops import backend_status, build_record
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "imageio-ffmpeg")
 
@@ -67,25 +67,26 @@ def devices() -> dict[str, str]:
 
 def build() -> dict[str, str]:
     """How the compiled backends were built and what they use here."""
+    record = build_record()
+    if not record:
+        return {"compiled": "nothing"}
+    rows = {"torch, at least": record["torch_stable_abi"], "CUDA": "not built"}
+    if "_C_cuda" not in record["missing"]:
+        rows["CUDA"] = f"{record['cuda']} for {record['cuda_architectures']}"
     try:
         from dicache._build_info import build_facts, launch_plan
     except ImportError as error:
-        return {"compiled": f"nothing ({error})"}
+        reason = record["missing"].get("_build_info", error)
+        return {**rows, "compiler, launches": f"not known: {reason}"}
     facts = build_facts()
+    rows["compiler"], rows["CPU instruction set"] = facts["compiler"], facts["instruction_set"]
     tasks = launch_plan("alignment_statistics", *_FLUX, 1)["cpu_tasks"]
     plans = {"cpu": f"{tasks} tasks on {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         processors = torch.cuda.get_device_properties(index).multi_processor_count
         plan = launch_plan("alignment_statistics", *_FLUX, processors)
         plans[f"cuda:{index}"] = f"1 launch, {plan['blocks']} blocks of {plan['threads']} threads"
-    cuda = f"{facts['cuda']} for {facts['cuda_architectures']}" if facts["cuda"] else "not built"
-    return {
-        "compiler": facts["compiler"],
-        "torch, at least": facts["torch_stable_abi"],
-        "CPU instruction set": facts["instruction_set"],
-        "CUDA": cuda,
-        **{f"FLUX statistics, {device}": plan for device, plan in plans.items()},
-    }
+    return rows | {f"FLUX statistics, {device}": plan for device, plan in plans.items()}
 
 
 def _version_of(package: str) -> str:
