@@ -15,6 +15,7 @@ BACKENDS = ("cuda", "triton")
 OPERATORS = (
     "probe_statistics",
     "alignment_statistics",
+    "probe_and_combine",
     "combine_residuals",
     "extrapolate_residuals",
     "record_residuals",

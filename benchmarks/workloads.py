@@ -102,6 +102,11 @@ def _alignment_statistics(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     return backend.alignment_statistics(*tensors, LOW, HIGH, workspace=workspace)
 
 
+def _probe_and_combine(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    x, p, *tensors, workspace = tensors
+    return backend.probe_and_combine(x, p, None, None, *tensors, LOW, HIGH, workspace=workspace)
+
+
 def _combine_residuals(backend: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     *tensors, out = tensors
     return (backend.combine_residuals(*tensors, out=out),)
@@ -187,6 +192,7 @@ _BOTH_WINDOWS = "probe_window residual_window newest entry_sums workspace"
 _OPERATIONS = (
     _operator("probe_statistics", f"x p p_prev {_WINDOW}", "sums result", _probe_statistics),
     _operator("alignment_statistics", f"x p {_WINDOW}", "sums result", _alignment_statistics),
+    _operator("probe_and_combine", f"x p {_BOTH_WINDOWS}", "sums result y", _probe_and_combine),
     _operator("combine_residuals", "x residual_window newest gamma out", "out", _combine_residuals),
     _operator(
         "extrapolate_residuals",

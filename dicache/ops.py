@@ -199,8 +199,7 @@ def probe_and_combine(
     `combine_residuals` with each sample's gamma (`by_sample`) or the batch's. The same bits as
     these operators have. On a GPU it is a cooperative launch, whose blocks wait for each other. Two
     launches it is where not all of them can be resident (a batch of more samples than the device
-    has blocks, a part of a GPU), where x, p and the residuals have several dtypes, and while a CUDA
-    graph is captured.
+    has blocks, a part of a GPU), and where x, p and the residuals have several dtypes.
 
     It pays where launches cost as much as their bytes, up to some 32 MB a tensor. With a mailbox
     in `out` the host has (error, gamma) before y is done.

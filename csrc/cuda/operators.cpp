@@ -93,11 +93,6 @@ class Cuda {
         reduction.plan.blocks > room) {
       return false;
     }
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    if (cudaStreamIsCapturing(stream_, &status) != cudaSuccess ||
-        status != cudaStreamCaptureStatusNone) {
-      return false;
-    }
     const cudaError_t error = cuda::launch_probe_and_combine(arguments, combination, reduction);
     if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
       cudaGetLastError();  // a part of the GPU, under MPS or a green context: no error of anybody

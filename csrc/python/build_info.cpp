@@ -55,12 +55,12 @@ py::dict launch_plan(const std::string& name, int64_t batch, int64_t size, int m
   if (name == "combine_residuals" || name == "extrapolate_residuals") {
     plan = dicache::plan_elementwise(batch, size);
   } else if (name == "probe_statistics" || name == "alignment_statistics" ||
-             name == "record_residuals") {
+             name == "probe_and_combine" || name == "record_residuals") {
     plan = dicache::plan_reduction(batch, size, multiprocessors);
   } else {
     throw std::invalid_argument("There is no launch plan for '" + name +
                                 "'. Expected probe_statistics, alignment_statistics, "
-                                "combine_residuals, extrapolate_residuals or "
+                                "probe_and_combine, combine_residuals, extrapolate_residuals or "
                                 "record_residuals.");
   }
   py::dict facts;
