@@ -64,7 +64,9 @@ def compared(names: tuple[str, ...]) -> str:
         for target in (2, 3):
             heads.append(f"{title} {target}x")
             cells.append(_column(found[model], names, target))
-    return _table([""] + heads, [[name, *each] for name, *each in zip(names, *cells, strict=True)])
+    lines = [[name, *each] for name, *each in zip(names, *cells, strict=True)]
+    runs = [f"{MODELS[each.model]} {each.steps} and {each.seeds[1]}" for each in found.values()]
+    return f"{_table([''] + heads, lines)}\n\nSteps and samples: {', '.join(runs)}."
 
 
 def on_flux() -> str:
@@ -76,15 +78,16 @@ def on_flux() -> str:
 
 
 def thresholds(model: str) -> str:
-    """What every threshold that was tried gives with the default rules."""
+    """What every threshold that was tried gives with the default rules, below a heading."""
     result = results()[model]
+    title = f"### {MODELS[model]}, {result.steps} steps, {result.seeds[1]} samples"
     heads = ["threshold", f"block work, {result.depths[0]} blocks"]
     heads += [f"{result.depths[SIBLING]} blocks ({result.sibling})", "PSNR, dB", "tenth", "worst"]
     lines = []
     for point in sorted(result.curves["DiCacheConfig()"], key=lambda each: each.setting):
         costs = [f"{cost:.2f}x" for cost in point.cost]
         lines.append([f"{point.setting:g}", *costs, *(f"{v:.1f}" for v in point.spread("psnr"))])
-    return _table(heads, lines)
+    return f"{title}\n\n{_table(heads, lines)}"
 
 
 def settings() -> str:
