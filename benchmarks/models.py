@@ -76,7 +76,7 @@ def build_transformer(model: Model, device: torch.device, dtype: torch.dtype) ->
             transformer = getattr(diffusers, model.transformer)(**model.config)
     finally:
         torch.set_default_dtype(default)
-    # Modules that from_pretrained(torch_dtype=...) leaves in fp32 are in fp32 here, too.
+    # Modules that from_pretrained(dtype=...) leaves in fp32 are in fp32 here, too.
     kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():

@@ -287,7 +287,7 @@ def train(name: str, args: argparse.Namespace) -> None:
     state.save(checkpoint)
     export(name, state.ema, args.out)
     exported = pipelines.demo_model(name).transformer.from_pretrained(
-        args.out / name, torch_dtype=torch.float32
+        args.out / name, dtype=torch.float32
     )
     sample_sheet(name, exported, args.work / f"{name}.png", steps=30)
 

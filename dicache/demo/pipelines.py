@@ -114,7 +114,7 @@ def demo_model(name: str) -> DemoModel:
 def load_transformer(name: str, dtype: torch.dtype = torch.float32) -> DemoTransformer:
     """Load a shipped model from the package, in evaluation mode, in the given dtype."""
     model: DemoTransformer = demo_model(name).transformer.from_pretrained(
-        MODEL_DIR / name, torch_dtype=dtype, local_files_only=True
+        MODEL_DIR / name, dtype=dtype, local_files_only=True
     )
     return model.eval()
 
