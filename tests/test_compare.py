@@ -7,6 +7,8 @@ import pickle
 import sys
 from pathlib import Path
 
+import imageio
+import imageio.v3
 import numpy
 import pytest
 import torch
@@ -93,6 +95,13 @@ def test_folders_are_compared_name_by_name(folders, capsys, no_lpips):
     assert "no LPIPS" in table
 
 
+def test_the_worst_lpips_is_the_largest(folders, capsys, monkeypatch):
+    drawn = iter([{"lpips": 0.1}, {"lpips": 0.3}])
+    monkeypatch.setattr(compare, "likeness", lambda *_: next(drawn))
+    summary = measured(capsys, *folders)["summary"]
+    assert summary["lpips"] == {"mean": pytest.approx(0.2), "worst": 0.3}
+
+
 def test_vmaf_is_ffmpegs_of_a_with_b_as_the_reference(tmp_path, capsys, no_lpips):
     """It is not symmetric: what blurs scores less than what is sharper than its reference."""
     try:
@@ -110,6 +119,15 @@ def test_vmaf_is_ffmpegs_of_a_with_b_as_the_reference(tmp_path, capsys, no_lpips
         for pair in ((sharp, sharp), (soft, sharp), (sharp, soft))
     )
     assert same > 95 and blurred < same - 20 and sharpened > blurred + 20
+
+    # Frames are compared by their number, so a file's rate is no matter.
+    imageio.mimwrite(tmp_path / "fast.mp4", imageio.v3.imread(soft), fps=50, quality=10)
+    imageio.mimwrite(tmp_path / "slow.mp4", imageio.v3.imread(soft), fps=8, quality=10)
+    fast, slow = (
+        measured(capsys, tmp_path / name, sharp)["pairs"][0]["vmaf"]
+        for name in ("fast.mp4", "slow.mp4")
+    )
+    assert fast == pytest.approx(slow, abs=0.5) and fast == pytest.approx(blurred, abs=5)
 
 
 def test_without_libvmaf_the_rest_is_measured(folders, capsys, no_lpips, monkeypatch):
