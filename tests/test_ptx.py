@@ -8,6 +8,7 @@ calls that are new in every run. What this can show is in docs/design/ptx_machin
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import random
 import re
@@ -150,7 +151,7 @@ def test_every_instantiation_is_in_the_list(file: str) -> None:
     assert len(listed) == sum("finish" not in pattern for pattern in patterns)
 
 
-OTHERS = {"atom", "bar", "bra", "ld", "ldmatrix", "ret", "shfl", "st", "stmatrix"}
+OTHERS = {"atom", "bar", "bra", "ld", "ldmatrix", "red", "ret", "shfl", "st", "stmatrix"}
 
 
 def opcodes_of(ptx: str) -> set[str]:
@@ -185,6 +186,8 @@ TRITON = [
     ("extrapolate", {}, (BF16, FP32, BF16), 90),
     ("probe", {"minus": False, "least_squares": True}, (BF16, BF16, BF16), 90),
     ("probe", {"minus": True, "least_squares": False}, (FP32, BF16, BF16), 80),
+    ("probe_and_combine", {"published": False}, (BF16, BF16, BF16), 90),
+    ("probe_and_combine", {"published": True, "minus": True}, (BF16, FP32, FP16), 100),
     ("record", {"first": False}, (BF16, BF16, BF16), 80),
     ("record", {"first": True}, (FP32, FP32, FP32), 100),
 ]
@@ -192,6 +195,7 @@ MIXTURES = [(FP16,) * 3, (FP32,) * 3, (FP64,) * 3, (FP32, BF16, BF16), (BF16, FP
 if FACTOR:
     kept = [(operator, options) for operator, options, *_ in TRITON]
     kept += [("probe", {"minus": m, "least_squares": s}) for m in (0, 1) for s in (0, 1)]
+    kept += [("probe_and_combine", {"published": True, "minus": False})]
     TRITON = [
         (operator, options, dtypes, capability)
         for operator, options in kept
@@ -214,9 +218,14 @@ def test_triton(operator: str, options: dict, dtypes: tuple, capability: int, se
     chosen = ptx_triton.Settings(
         capability, rng.randrange(2**32), rng.choice([1, 3, 8]), rng.random() < 0.8
     )
+    in_two = None
     with ptx_triton.on_machine(chosen, rng.choice([2, 6])):
         found = call.make(kernels)
+        if operator == "probe_and_combine" and (FACTOR or not options["published"]):
+            in_two = call.make(ptx_calls.InTwo(kernels))
     ptx_calls.assert_equal(found, call.make(ops), ops)
+    if in_two is not None:
+        ptx_calls.assert_same_bits(found, in_two)
 
 
 def importlib_triton():
@@ -461,8 +470,8 @@ def test_a_mutant_of_the_source_is_found(name: str, tmp_path: Path) -> None:
 class OnMachine:
     """`dicache.kernels` by the machine, for `wrong`."""
 
-    def __init__(self, seed: int, change=str) -> None:
-        self.settings = importlib_triton().Settings(80, seed, change=change)
+    def __init__(self, seed: int, change=str, watch=None) -> None:
+        self.settings = importlib_triton().Settings(80, seed, change=change, watch=watch)
 
     def __getattr__(self, name: str):
         from dicache import kernels
@@ -494,19 +503,67 @@ def test_a_mutant_of_tritons_ptx_is_found(change, expected) -> None:
     assert wrong(plain_call("record"), lambda seed: OnMachine(seed, change)) is expected
 
 
+# (what is there in Triton's PTX, what is put there)
+TRITON_WEAKER = {
+    "the round is let go without a release": (r"((?:red|atom)\S*gpu\S*)release", r"\1relaxed"),
+    "the round is seen without an acquire": (r"(ld\S*)acquire", r"\1relaxed"),
+    "the ticket takes nothing over": (r"(atom\S*)acq_rel", r"\1relaxed"),
+}
+
+
+@triton
+@pytest.mark.parametrize("name", [None, *TRITON_WEAKER])
+def test_a_grid_of_triton_that_waits_in_too_weak_an_order_is_found(name: str | None) -> None:
+    def change(ptx: str) -> str:
+        if name is None:
+            return ptx
+        changed, count = re.subn(*TRITON_WEAKER[name], ptx)
+        assert count == 1 or "combine" not in ptx[ptx.index(".entry") :].split("(")[0]
+        return changed
+
+    call = plain_call("probe_and_combine", published=False)
+    found = wrong(call, lambda seed: OnMachine(seed, change))
+    assert found is (None if name is None else Race)
+
+
+@triton
+@pytest.mark.parametrize("mutant", [None, "order", "barrier"])
+def test_a_letter_of_triton_that_is_sealed_too_early_is_found(mutant: str | None) -> None:
+    """Without a release, and without a barrier between the content and the serial."""
+
+    def change(ptx: str) -> str:
+        at = re.search(r"atom\.global\.sys\.release\.exch", ptx)
+        before, seal, behind = ptx[: at.start()], at[0], ptx[at.end() :]
+        if mutant == "order":
+            seal = seal.replace("release", "relaxed")
+        elif mutant == "barrier":
+            stored = before.rindex("st.global")
+            before = before[:stored] + before[stored:].replace("bar.sync", "//")
+        return before + seal + behind
+
+    call, told = plain_call("probe_and_combine", 61, published=False), []
+    for seed in range(6):
+        host = Host()
+        assert wrong(call, lambda _, seed=seed, host=host: OnMachine(seed, change, host), 1) is None
+        told.append(host.was_told_the_truth())
+    assert all(told) == (mutant is None)
+
+
 # (operator, module, function, what is there, what is put there, how it shows)
 TRITON_SOURCES = {
     "no barrier before the last rows": (
-        "alignment", "alignment", "_alignment_kernel", "        tl.debug_barrier()", "        pass",
-        Race,
+        "alignment", "alignment", "conclude", "    tl.debug_barrier()", "    pass", Race,
     ),
     "a bound one too far": (
         "combine", "combine", "_combine_kernel", "lanes < rest, ACC", "lanes <= rest, ACC",
         BadAccess,
     ),
     "another column for gamma": (
-        "alignment", "alignment", "_alignment_kernel", "tl.load(row + 1)", "tl.load(row)",
-        AssertionError,
+        "alignment", "alignment", "add_share", "tl.load(row + 1)", "tl.load(row)", AssertionError,
+    ),
+    "nobody waits": (
+        "probe_and_combine", "probe_and_combine", "_probe_and_combine_kernel",
+        "        wait_for_the_last(workspace, generation)", "        pass", Race,
     ),
 }  # fmt: skip
 
@@ -514,14 +571,22 @@ TRITON_SOURCES = {
 @triton
 @pytest.mark.parametrize("name", TRITON_SOURCES)
 def test_a_mutant_of_a_triton_kernel_is_found(name: str) -> None:
-    from dicache import kernels
+    from triton.runtime.jit import JITFunction
 
+    ptx_triton = importlib_triton()
     operator, module, function, there, put, expected = TRITON_SOURCES[name]
-    kernel = getattr(getattr(kernels, module), function)
+    kernel = getattr(importlib.import_module(f"dicache.kernels.{module}"), function)
+    callers = [getattr(module, name) for module, name in ptx_triton.KERNELS]
+    callers += [each for m, _ in ptx_triton.KERNELS for each in vars(m).values()]
     source = kernel.src
     assert there in source
     try:
-        kernel._unsafe_update_src(source.replace(there, put))
-        assert wrong(plain_call(operator), OnMachine) is expected
+        for text in (source.replace(there, put), source):
+            kernel._unsafe_update_src(text)
+            for each in callers:  # they know the hash of what they call
+                if isinstance(each, JITFunction):
+                    each.hash = None
+            if text != source:
+                assert wrong(plain_call(operator, published=False), OnMachine, 8) is expected
     finally:
         kernel._unsafe_update_src(source)
