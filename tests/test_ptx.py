@@ -283,6 +283,36 @@ def test_every_opcode_of_triton_was_worked_out_by_hand() -> None:
         assert_worked_out(text)
 
 
+@triton
+@pytest.mark.parametrize("reason", ["too many blocks in cooperative launch", "misaligned address"])
+def test_triton_makes_two_launches_where_one_is_refused(reason: str, monkeypatch) -> None:
+    """Of a part of a GPU, say; what else goes wrong is told."""
+    from dicache import kernels
+    from dicache.kernels import launch
+
+    kernel = importlib.import_module("dicache.kernels.probe_and_combine")
+    run, asked = launch.run, []
+
+    def refusing(which, *arguments):
+        asked.append(which)
+        if which is kernel._probe_and_combine_kernel:
+            raise RuntimeError(f"Triton Error [CUDA]: {reason}")
+        run(which, *arguments)
+
+    ptx_triton = importlib_triton()
+    call = plain_call("probe_and_combine", 61, published=False)
+    monkeypatch.setattr(kernel, "_refused", set())
+    monkeypatch.setattr(launch, "run", refusing)
+    with ptx_triton.on_machine(ptx_triton.Settings(90, 1)):
+        if "cooperative" not in reason:
+            with pytest.raises(RuntimeError, match=reason):
+                call.make(kernels)
+            return
+        for _ in range(2):
+            ptx_calls.assert_equal(call.make(kernels), call.make(ops), ops)
+    assert len(asked) == 5  # it is asked for once
+
+
 # ---- mutants: a fault in the compiled code is found ----
 
 

@@ -126,9 +126,7 @@ def may_cooperate(plan: Plan, device: torch.device) -> bool:
 
 def has_cooperative_launch(device: torch.device) -> bool:
     """Not in the interpreter, where a program runs to its end before the next one begins."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return not torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def results(x: Tensor, plan: Plan, out: Results | None) -> tuple[Any, ...]:

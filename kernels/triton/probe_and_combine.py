@@ -24,6 +24,8 @@ from .probe import add_share as add_probe_share
 from .probe import conclude as conclude_probe
 from .reduction import generation_of, is_last, let_others_go_on, wait_for_the_last
 
+# CUDA's words where a part of the GPU, or one with less room, cannot hold all programs at once.
+_REFUSALS = ("cooperative launch", "operation not supported")
 _refused: set[torch.device] = set()  # those whose driver refused a cooperative launch
 
 
@@ -71,7 +73,9 @@ def probe_and_combine(
                 residual_window, newest, entry_sums, active, workspace, sums, result, *letter, y,
                 low, high,
             )  # fmt: skip
-        except RuntimeError:  # before anything ran: a partitioned GPU, or one with less room
+        except RuntimeError as error:  # before anything ran
+            if not any(words in str(error) for words in _REFUSALS):
+                raise
             _refused.add(x.device)
         else:
             return sums, result, y
