@@ -84,7 +84,7 @@ def test_build_facts_and_launch_plans():
     assert plan["launches"] == 1
     assert plan["blocks"] == 4 * 132  # as many as are resident: 4 a multiprocessor
     for name in ("combine_residuals", "extrapolate_residuals"):
-        assert launch_plan(name, 2, 2048 + 1, 132)["blocks"] == 2 * 2
+        assert launch_plan(name, 2, 4096 + 1, 132)["blocks"] == 2 * 2
     with pytest.raises(ValueError, match="combine_residuals"):
         launch_plan("combine", 1, 1, 1)
 

@@ -110,7 +110,7 @@ def vectorised(kernel: Kernel) -> bool:
     return "4Same" in kernel.name
 
 
-@pytest.mark.parametrize("name", sorted(READS))
+@pytest.mark.parametrize("name", [*sorted(READS), "probe_and_combine"])
 def test_every_kernel_compiles_without_spills_and_local_memory(name: str) -> None:
     kernels, said = compiled(name)
     assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
@@ -141,17 +141,6 @@ def test_main_loops_load_sixteen_bytes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_sixteen_bit_kernels_keep_two_vectors_of_every_tensor_on_their_way(name: str) -> None:
-    kernels, _ = compiled(name)
-    pairs = [k for k in kernels if "4SameI13__nv_bfloat16" in k.name or "4SameI6__half" in k.name]
-    pairs = [k for k in pairs if name != "probe" or "Lb1EEEvNS" not in k.name]  # delta_minus: one
-    assert pairs
-    for kernel in pairs:
-        most = max(sum("LDG.E.128" in text for text in loop) for loop in kernel.loops())
-        assert most >= 2 * READS[name], (kernel.name, most)
-
-
-@pytest.mark.parametrize("name", REDUCTIONS)
 def test_a_launch_that_adds_up_takes_one_ticket_with_acquire_and_release(name: str) -> None:
     kernels, _ = compiled(name)
     for kernel in kernels:
@@ -166,9 +155,10 @@ def test_a_launch_that_adds_up_takes_one_ticket_with_acquire_and_release(name: s
 
 
 def main_loop(kernel: Kernel) -> tuple[list[str], list[int]]:
-    """The loop that loads vectors, and where in it they are asked for."""
-    (loop,) = [loop for loop in kernel.loops() if any("LDG.E.128" in text for text in loop)]
-    return loop, [index for index, text in enumerate(loop) if "LDG.E.128" in text]
+    """The loop that asks for most vectors, and where in it."""
+    vectors = lambda loop: [i for i, text in enumerate(loop) if "LDG.E.128" in text]  # noqa: E731
+    loop = max(kernel.loops(), key=lambda each: len(vectors(each)))
+    return loop, vectors(loop)
 
 
 def first_wait(loop: list[str], loads: str) -> int:
@@ -185,13 +175,44 @@ def first_wait(loop: list[str], loads: str) -> int:
     return len(loop)
 
 
+def asked_before_use(kernel: Kernel) -> tuple[int, int]:
+    """(vectors that are on their way when the first one is waited for, all of the loop)."""
+    loop, vectors = main_loop(kernel)
+    first = first_wait(loop, r"LDG\.E\.128")
+    return sum(at < first for at in vectors), len(vectors)
+
+
+def is_sixteen_bits(kernel: Kernel) -> bool:
+    return "4SameI13__nv_bfloat16" in kernel.name or "4SameI6__half" in kernel.name
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_sixteen_bit_kernels_keep_two_vectors_of_every_tensor_on_their_way(name: str) -> None:
+    """Where 64 registers hold them: of four tensors. Of five, least squares asks for all before it
+    uses one on sm_100 alone, elsewhere for five to seven of ten; delta_minus has one vector each.
+    """
+    kernels, _ = compiled(name)
+    checked = [kernel for kernel in kernels if is_sixteen_bits(kernel)]
+    assert checked
+    for kernel in checked:
+        asked, all_of_them = asked_before_use(kernel)
+        kind = re.search(r"ProbePassILb(\d)ELb(\d)E", kernel.name)
+        if kind is None or kind.groups() == ("0", "0"):
+            assert asked == all_of_them >= 2 * READS[name], (kernel.name, asked)
+        elif kind[2] == "1" or kernel.architecture == "100":
+            assert asked == all_of_them >= READS[name] + 1, (kernel.name, asked)
+        else:
+            assert asked >= READS[name] + 1, (kernel.name, asked)
+
+
 def test_combine_asks_for_its_vectors_before_it_waits_for_anything() -> None:
-    """A block lives for one vector a thread: waiting for gamma or newest first would double it."""
+    """A block lives for two vectors a thread: waiting for gamma or newest first would double it."""
     kernels, _ = compiled("combine")
-    for kernel in [k for k in kernels if "4SameI13__nv_bfloat16" in k.name]:
+    for kernel in [k for k in kernels if is_sixteen_bits(k)]:
         loop, vectors = main_loop(kernel)
-        assert len(vectors) == READS["combine"]
-        assert first_wait(loop, r"LDG") > vectors[-1], kernel.name
+        assert len(vectors) == 2 * READS["combine"]
+        wanted = READS["combine"] + 1 if kernel.architecture == "80" else len(vectors)
+        assert sum(at < first_wait(loop, r"LDG") for at in vectors) >= wanted, kernel.name
 
 
 def test_extrapolate_asks_for_all_its_vectors_before_it_uses_one() -> None:

@@ -9,23 +9,14 @@
 namespace dicache::cuda {
 namespace {
 
-// y may be x itself: a thread loads its elements before it stores them. `newest` and gamma are read
-// behind the vectors, which wait for neither (both entries are read anyway): a block lives for one
-// vector a thread only.
 template <class Format>
-__global__ void __launch_bounds__(kGpuThreads)
+__global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
     combine_kernel(const __grid_constant__ CombineArguments arguments, int64_t blocks_per_sample) {
-  using T = typename Format::T;
   const Part part = part_of(blocks_per_sample);
   const bool is_active = arguments.samples.is_active(part.sample);
-  if (!is_active && !arguments.fills) {
-    return;
+  if (is_active || arguments.fills) {
+    combine_part<Format>(arguments, part, is_active);
   }
-  const auto how = [&] {
-    return Combination<T>{arguments.samples.new_entry(part.sample),
-                          read_weight<T>(arguments.gamma, part.sample)};
-  };
-  combine_part<Format, 1>(arguments, part, is_active, how);
 }
 
 // One thread: a few numbers a sample. kKind is known so that the rows stay in registers.

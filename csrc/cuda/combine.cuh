@@ -5,17 +5,11 @@
 
 namespace dicache::cuda {
 
-template <class T>
-struct Combination {
-  int newer;
-  T gamma;
-};
-
-// `how` gives the Combination; it is called behind the loads, which wait for neither of the two. y
-// may be x itself: a thread loads its elements before it stores them.
-template <class Format, int kAtOnce, class How>
+// y may be x itself: a thread loads its elements before it stores them. Both entries are read
+// anyway, and `newest` and gamma behind the vectors, which wait for neither.
+template <class Format>
 __device__ __forceinline__ void combine_part(const CombineArguments& arguments, const Part& part,
-                                             bool is_active, const How& how) {
+                                             bool is_active) {
   using T = typename Format::T;
   const Sample x = sample_of(arguments.x, part.sample);
   const Sample y = sample_of(arguments.y, part.sample);
@@ -29,21 +23,26 @@ __device__ __forceinline__ void combine_part(const CombineArguments& arguments, 
              Format::template load<k>(r1, index)};
     return loaded;
   };
+  int newer = 0;
+  T gamma = 0;
+  const auto between = [&] {
+    newer = arguments.samples.new_entry(part.sample);
+    gamma = read_weight<T>(arguments.gamma, part.sample);
+  };
   const auto use = [&](auto width, int64_t index, const auto& loaded) {
     constexpr int k = decltype(width)::value;
-    const Combination<T> by = how();
     T values[k];
 #pragma unroll
     for (int i = 0; i < k; ++i) {
       const T first = Format::value(loaded.r0, i), second = Format::value(loaded.r1, i);
-      const T sum = combine(Format::value(loaded.x, i), by.newer == 0 ? second : first,
-                            by.newer == 0 ? first : second, by.gamma);
+      const T sum = combine(Format::value(loaded.x, i), newer == 0 ? second : first,
+                            newer == 0 ? first : second, gamma);
       values[i] = is_active ? sum : T(0);
     }
     store_tokens<Format>(y, index, values);
   };
   const bool aligned = are_aligned(x, y, r0, r1);
-  walk<Format, kAtOnce>(part, arguments.samples.size, aligned, load, use);
+  walk<Format, 2>(part, arguments.samples.size, aligned, load, use, between);
 }
 
 }  // namespace dicache::cuda

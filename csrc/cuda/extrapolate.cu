@@ -10,10 +10,10 @@ namespace {
 // all six vectors before it waits for the first of them.
 constexpr int kResident = 3;
 
-// y may be x itself: a thread loads its elements before it stores them. As in combine, a block
-// lives for one vector a thread, and both entries of the residuals are read whatever `newest` is.
-// Only q_a waits for it, since reading both entries of q would be an eighth pass; other vectors are
-// on their way meanwhile.
+// y may be x itself: a thread loads its elements before it stores them. A block lives for
+// two vectors a thread, one behind the other: there are no registers for twelve. As in combine,
+// both entries of the residuals are read whatever `newest` is. Only q_a waits for it, since reading
+// both entries of q would be an eighth pass; other vectors are on their way meanwhile.
 template <class Format>
 __global__ void __launch_bounds__(kGpuThreads, kResident)
     extrapolate_kernel(const __grid_constant__ ExtrapolateArguments arguments,

@@ -40,9 +40,7 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
   if (part.sample >= arguments.samples.batch) {
     return;  // the block of an empty batch
   }
-  const Combination<T> by{arguments.samples.new_entry(part.sample),
-                          read_weight<T>(combination.gamma, part.sample)};
-  combine_part<Format, Format::kAtOnce>(combination, part, is_active, [&] { return by; });
+  combine_part<Format>(combination, part, is_active);
 }
 
 template <class Pass>

@@ -208,12 +208,17 @@ struct Width {
   static constexpr int value = kWidth;
 };
 
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
+
 // Calls use(width, i, load(width, i)) for all elements: vectors first, single elements after them.
 // kAtOnce = 2 loads two vectors of every tensor before it uses the first, which keeps more bytes on
 // their way; 64 registers hold that for five tensors of 16-bit elements, not for more.
-template <class Format, int kAtOnce, class Load, class Use>
+// `between` is called when vectors were asked for and none was used yet.
+template <class Format, int kAtOnce, class Load, class Use, class Between = Nothing>
 __device__ __forceinline__ void walk(const Part& part, int64_t size, bool aligned, const Load& load,
-                                     const Use& use) {
+                                     const Use& use, const Between& between = {}) {
   const int64_t thread = part.index * kGpuThreads + threadIdx.x;
   const int64_t stride = part.count * kGpuThreads;
   int64_t done = 0;
@@ -228,12 +233,15 @@ __device__ __forceinline__ void walk(const Part& part, int64_t size, bool aligne
           const int64_t first = vector * k, second = (vector + stride) * k;
           const auto first_loaded = load(width, first);
           const auto second_loaded = load(width, second);
+          between();
           use(width, first, first_loaded);
           use(width, second, second_loaded);
         }
       }
       for (; vector < vectors; vector += stride) {
-        use(width, vector * k, load(width, vector * k));
+        const auto loaded = load(width, vector * k);
+        between();
+        use(width, vector * k, loaded);
       }
       done = vectors * k;
     }
@@ -242,7 +250,9 @@ __device__ __forceinline__ void walk(const Part& part, int64_t size, bool aligne
   const Width<1> single;
 #pragma unroll 1
   for (int64_t index = done + thread; index < size; index += stride) {
-    use(single, index, load(single, index));
+    const auto loaded = load(single, index);
+    between();
+    use(single, index, loaded);
   }
 }
 

@@ -41,10 +41,11 @@ inline LaunchPlan plan_reduction(int64_t batch, int64_t size, int multiprocessor
           kWorkspaceHeaderBytes + kWorkspaceBytesPerBlock * blocks};
 }
 
-// Combine and extrapolate: a thread takes eight elements (a vector of bf16, two of fp32) and ends,
-// so the grid is as large as the tensor.
+// Combine and extrapolate: a thread takes sixteen elements (two vectors of bf16, four of fp32) and
+// ends, so the grid is as large as the tensor. What a thread does before its first vector costs as
+// many instructions as a vector does.
 inline LaunchPlan plan_elementwise(int64_t batch, int64_t size) {
-  const int64_t per_sample = ceil_divide(size, int64_t{kGpuThreads} * kGpuVector);
+  const int64_t per_sample = ceil_divide(size, int64_t{kGpuThreads} * kGpuVector * 2);
   return {per_sample, per_sample * batch, kGpuThreads, 0};
 }
 
