@@ -23,11 +23,6 @@ import torch
 import workloads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Minutes a case on a CPU.
-SLOW_ON_CPU = {
-    "wan": ("torch.compile",),
-    "hunyuan-video": ("reference", "published", "torch.compile"),
-}
 
 
 def parameters() -> list[tuple[str, str, str]]:
@@ -35,7 +30,7 @@ def parameters() -> list[tuple[str, str, str]]:
     return [
         (case.size.name, case.operation.name, case.implementation)
         for case in workloads.cases(DEVICE, list(workloads.SIZES.values()))
-        if DEVICE.type == "cuda" or case.implementation not in SLOW_ON_CPU.get(case.size.name, ())
+        if DEVICE.type == "cuda" or not case.is_slow_on_cpu
     ]
 
 

@@ -1,17 +1,27 @@
-"""What gpu.py asks of the operators: are they right, and how long do they take?"""
+"""What gpu.py asks of the operators: are they right, and how long do they take?
+
+python benchmarks/operators.py --out DIR      the times alone, on a CPU: operators_cpu.md and .json
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
+import json
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import agreement
+import findings
+import report
+import tasks
 import timing
 import torch
 import workloads
 from cases import Cases
-from stages import SKIP_CODE, Finding
+from stages import SKIP_CODE, Finding, Outcome
 from workloads import Case, Size
 
 from dicache import ops
@@ -136,3 +146,45 @@ def measure_host(case: Case, device: torch.device) -> Finding:
         "implementation": case.implementation,
         "microseconds": seconds * 1e6,
     }
+
+
+# --- On a CPU ------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Every case that does not take minutes, and the table of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sizes", default=",".join(workloads.SIZES))
+    given = parser.parse_args()
+    device, rows = torch.device("cpu"), []
+    with torch.no_grad():
+        for size in map(workloads.SIZES.__getitem__, given.sizes.split(",")):
+            copy_rate = timing.copy_rate(size, device)
+            for case in workloads.cases(device, [size]):
+                if not case.is_slow_on_cpu:
+                    rows.append(measure(case, device, copy_rate, 0.25))
+    load = f"{os.getloadavg()[0]:.1f} at the end, this run included"
+    about = tasks.known_facts(device) | {"load": load}
+    table = report.TABLES[0].markdown(
+        findings.Findings([Outcome("times", "passed", results=rows)], dry=False)
+    )
+    told = "`python benchmarks/operators.py`; on a busy machine times are no result."
+    facts = "\n".join(f"- {name}: {fact}" for name, fact in about.items())
+    parts = ["# Operators on a CPU", told, facts, table, _HOW_TO_READ]
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "operators_cpu.md").write_text("\n\n".join(parts) + "\n")
+    stored = json.dumps({"about": about, "rows": rows}, indent=1)
+    (given.out / "operators_cpu.json").write_text(stored + "\n")
+
+
+_HOW_TO_READ = """GB/s counts the passes of the column beside it, the fewest that the operation needs;
+for `published` they are those that it makes. `of copy`: of torch's `copy_` at the same tensor size,
+bytes read plus bytes written. `skipped_step` is probe_statistics and combine_residuals,
+`skipped_step_default` is alignment_statistics and combine_residuals, which `probe_and_combine` is
+in one call. Launches are operators dispatched by Python (views and allocations left out). What is
+empty was not measured. Times are the fastest sample's. The small size stays in the cache: it shows
+the cost of a call."""
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,12 @@ TASKS = {
 
 
 def facts(device: torch.device, dry: bool, names: Sequence[str]) -> None:
-    """Hardware, versions and revision: what figures have to agree in to stand in one report."""
+    """What figures have to agree in to stand in one report."""
+    emit("facts", facts=known_facts(device))
+
+
+def known_facts(device: torch.device) -> dict[str, str]:
+    """Hardware, versions and revision."""
     from dicache.cli.info import devices, processor, versions
 
     smi = "nvidia-smi --query-gpu=driver_version,clocks.max.sm --format=csv,noheader"
@@ -45,7 +50,7 @@ def facts(device: torch.device, dry: bool, names: Sequence[str]) -> None:
     if device.type == "cuda":
         size = torch.cuda.get_device_properties(0).L2_cache_size
         found["L2"] = f"{size / 2**20:.0f} MiB"
-    emit("facts", facts=found)
+    return found
 
 
 def backends(device: torch.device, dry: bool, names: Sequence[str]) -> None:

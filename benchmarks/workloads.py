@@ -44,6 +44,10 @@ LOW, HIGH = 0.0, 1.5
 # copy x 2, delta_x 9, delta_y 9, copy x 2, q 3, two means of |a - b| 6 each, r_new - r_old 3,
 # times gamma 2, plus r_old 3, plus x 3. The copy of the text comes on top.
 PUBLISHED_PASSES = 48
+_SLOW_ON_CPU = {
+    "wan": ("torch.compile",),
+    "hunyuan-video": ("reference", "published", "torch.compile"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ class Case:
     def name(self) -> str:
         """Unique among the cases of a run."""
         return f"{self.size.name}-{self.operation.name}-{self.implementation}"
+
+    @property
+    def is_slow_on_cpu(self) -> bool:
+        """Whether it takes minutes there."""
+        return self.implementation in _SLOW_ON_CPU.get(self.size.name, ())
 
     @property
     def passes(self) -> int:
