@@ -233,7 +233,7 @@ class Cuda:
             call.pointer("sums", sums), call.pointer("result", result, True),
         )  # fmt: skip
         kernel = f"finish_kernelI{'d' if _wide(sums) else 'f'}{_statistics(columns)}E"
-        call.launch("combine", kernel, [bytes(arguments)], 1, 1)
+        call.launch("combine", kernel, [bytes(arguments)], (1,), 1)
         return result
 
     def combine_residuals(self, x, window, newest, gamma, active=None, out=None):
@@ -360,21 +360,20 @@ class _Call:
         given.append(self.pointer("workspace", workspace, True))
         resident = plan["blocks"] if together else None
         name = f"{file}_kernel{kind}"
-        self.launch(file, name, given, plan["blocks"], plan["threads"], resident)
+        self.launch(file, name, given, (plan["blocks"],), plan["threads"], resident)
         assert not workspace[:4].any(), "the ticket is not zero behind the launch"
 
     def elementwise(self, file: str, kind: str, operator: str, arguments: Structure) -> None:
         plan = self.plan(operator)
-        given = [bytes(arguments), plan["blocks"] // self.batch]
-        name = f"{file}_kernelINS0_{kind}EE"
-        self.launch(file, name, given, plan["blocks"], plan["threads"])
+        grid = (plan["blocks"] // self.batch, self.batch)
+        self.launch(file, f"{file}_kernelINS0_{kind}EE", [bytes(arguments)], grid, plan["threads"])
 
     def launch(
         self,
         file: str,
         name: str,
         given: list,
-        blocks: int,
+        grid: tuple[int, ...],
         threads: int,
         resident: int | None = None,
     ) -> None:
@@ -382,7 +381,7 @@ class _Call:
         program = _program(file, name, cuda.architecture, cuda.change, cuda.source)
         cuda.launched.append(program.name)
         options = {"resident": resident or cuda.resident, "weak": cuda.weak, "watch": cuda.watch}
-        ptx_machine.launch(program, self.memory, given, (blocks,), threads, cuda.seed, **options)
+        ptx_machine.launch(program, self.memory, given, grid, threads, cuda.seed, **options)
         self.memory.copy_back()
 
 

@@ -470,8 +470,8 @@ SOURCES = {
     "a bound one too far": (
         "extrapolate",
         "cuda/vector.cuh",
-        "index < size; index += stride",
-        "index <= size; index += stride",
+        "index < tile.count; index += kGpuThreads",
+        "index <= tile.count; index += kGpuThreads",
         BadAccess,
     ),
     "another column for gamma": (

@@ -131,6 +131,8 @@ OPCODES = [
     ("mul.rn.f32", [f32(1 + 2.0**-23), f32(1 + 2.0**-23)], f32(1 + 2.0**-22)),
     ("mul.rn.f32", [f32(TINY), f32(0.5)], f32(0.0)),  # half of the smallest: to even
     ("mul.rn.f32", [f32(TINY * 3), f32(0.5)], f32(TINY * 2)),  # subnormal numbers are kept
+    # (1 + 2^-12)^2 is a tie, which a product that is rounded first loses.
+    ("fma.rn.f32", [f32(1 + 2.0**-12), f32(1 + 2.0**-12), f32(-1.0)], f32(2.0**-11 + 2.0**-24)),
     ("div.rn.f32", [f32(1.0), f32(3.0)], 0x3EAAAAAB),
     ("div.rn.f32", [f32(-1.0), f32(0.0)], f32(-INFINITY)),
     ("sqrt.rn.f32", [f32(2.0)], 0x3FB504F3),
@@ -157,6 +159,12 @@ OPCODES = [
     ("add.rn.f32x2", [f32(2.0) << 32 | f32(1.0), f32(1.0)], f32(2.0) << 32 | f32(2.0)),
     ("sub.rn.f32x2", [f32(2.0) << 32, f32(2.0) << 32 | f32(1.0)], f32(-1.0)),
     ("mul.rn.f32x2", [f32(2.0) << 32 | f32(1.0)] * 2, f32(4.0) << 32 | f32(1.0)),
+    (
+        "fma.rn.f32x2",
+        [f32(2.0) << 32 | f32(1 + 2.0**-12), f32(3.0) << 32 | f32(1 + 2.0**-12)]
+        + [f32(1.0) << 32 | f32(-1.0)],
+        f32(7.0) << 32 | f32(2.0**-11 + 2.0**-24),
+    ),
     ("sub.rn.bf16x2", [0x40003F80, 0x3F803F80], 0x3F800000),
     ("fma.rn.bf16", [0x3F81, 0x3F81, 0xBF80], 0x3C80),  # 2^-6 + 2^-14 is a tie
     # 7 * 37 = 259 is a tie of 258 and 260. Neither 2^-40, which fp32 loses, nor 2^-60, which fp64

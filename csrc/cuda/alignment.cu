@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
                      int64_t blocks_per_sample, void* workspace) {
   using T = typename Format::T;
   const Part part = part_of(blocks_per_sample);
-  T sums[AlignmentTerms::kSums] = {};
+  typename Format::V sums[AlignmentTerms::kSums] = {};
   if (arguments.samples.is_active(part.sample)) {
     AlignmentPass::add_up<Format>(arguments, part, sums);
   }

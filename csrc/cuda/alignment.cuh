@@ -11,9 +11,9 @@ struct AlignmentPass {
   using Arguments = AlignmentArguments;
   using Terms = AlignmentTerms;
 
-  template <class Format, class T>
+  template <class Format, class V>
   static __device__ __forceinline__ void add_up(const Arguments& arguments, const Part& part,
-                                                T (&sums)[Terms::kSums]) {
+                                                V (&sums)[Terms::kSums]) {
     const int newer = arguments.samples.new_entry(part.sample);
     const Sample x = sample_of(arguments.x, part.sample);
     const Sample p = sample_of(arguments.p, part.sample);
@@ -29,12 +29,15 @@ struct AlignmentPass {
     };
     const auto use = [&](auto width, int64_t, const auto& loaded) {
       constexpr int k = decltype(width)::value;
+      const auto add = [&](const auto& q_old, const auto& q_new) {
 #pragma unroll
-      for (int i = 0; i < k; ++i) {
-        const T first = Format::value(loaded.q0, i), second = Format::value(loaded.q1, i);
-        AlignmentTerms::add(sums, Format::value(loaded.x, i), Format::value(loaded.p, i),
-                            newer == 0 ? second : first, newer == 0 ? first : second);
-      }
+        for (int i = 0; i < k; i += Format::kLanes) {
+          AlignmentTerms::add(sums, Format::values(loaded.x, i), Format::values(loaded.p, i),
+                              Format::values(q_old, i), Format::values(q_new, i));
+        }
+      };
+      // A branch that a whole block takes alike costs less than a choice for every element.
+      newer == 0 ? add(loaded.q1, loaded.q0) : add(loaded.q0, loaded.q1);
     };
     const bool aligned = are_aligned(x, p, q0, q1);
     walk<Format, Format::kAtOnce>(part, arguments.samples.size, aligned, load, use);

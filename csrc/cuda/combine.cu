@@ -9,14 +9,39 @@
 namespace dicache::cuda {
 namespace {
 
+// Blocks a multiprocessor: 48 registers a thread, enough for two vectors of three streams.
 template <class Format>
-__global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
-    combine_kernel(const __grid_constant__ CombineArguments arguments, int64_t blocks_per_sample) {
-  const Part part = part_of(blocks_per_sample);
-  const bool is_active = arguments.samples.is_active(part.sample);
-  if (is_active || arguments.fills) {
-    combine_part<Format>(arguments, part, is_active);
+constexpr int kCombineBlocks = std::is_same_v<typename Format::T, double> ? 4 : 5;
+
+// y may be x itself: a thread loads its elements before it stores them. `newest` and gamma are used
+// behind the vectors, which wait for neither (both entries are read anyway): a block lives for two
+// vectors a thread only.
+template <class Format>
+__global__ void __launch_bounds__(kGpuThreads, kCombineBlocks<Format>)
+    combine_kernel(const __grid_constant__ CombineArguments arguments) {
+  using T = typename Format::T;
+  using Step = Combination<Format>;
+  const Tile tile = tile_of(arguments.samples);
+  const Sample y = tile_of<Format>(arguments.y, tile.sample, tile.first);
+  if (!arguments.samples.is_active(tile.sample)) {
+    if (arguments.fills) {
+      fill_with_zeros<Format>(tile, y);
+    }
+    return;
   }
+  const Sample x = tile_of<Format>(arguments.x, tile.sample, tile.first);
+  const Sample r0 = tile_of<Format>(arguments.r, 0, tile.sample, tile.first);
+  const Sample r1 = tile_of<Format>(arguments.r, 1, tile.sample, tile.first);
+  const auto load = [&](auto width, int index) {
+    return Step::template load<decltype(width)::value>(x, r0, r1, index);
+  };
+  const auto weigh = [&] { return Step::numbers(arguments, tile.sample); };
+  const auto use = [&](auto width, int index, const auto& loaded, const auto& numbers) {
+    T values[decltype(width)::value];
+    Step::fill_in(values, loaded, numbers);
+    store_tokens<Format>(y, index, values);
+  };
+  walk_tile<Format>(tile, are_aligned(x, y, r0, r1), load, weigh, use);
 }
 
 // One thread: a few numbers a sample. kKind is known so that the rows stay in registers.
@@ -57,11 +82,11 @@ cudaError_t launch_combine(const CombineArguments& arguments, cudaStream_t strea
   if (plan.blocks == 0) {
     return cudaSuccess;
   }
-  return with_format(
-      arguments.samples.is_wide, {arguments.x.dtype, arguments.r.dtype}, [&](auto format) {
-        return launch(stream, plan.blocks, plan.threads, combine_kernel<decltype(format)>,
-                      arguments, plan.blocks_per_sample);
-      });
+  return with_format(arguments.samples.is_wide, {arguments.x.dtype, arguments.r.dtype},
+                     [&](auto format) {
+                       return launch(stream, grid_of_tiles(plan, arguments.samples.batch),
+                                     plan.threads, combine_kernel<decltype(format)>, arguments);
+                     });
 }
 
 cudaError_t launch_finish(const FinishArguments& arguments, cudaStream_t stream) {

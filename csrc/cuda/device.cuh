@@ -12,10 +12,18 @@
 
 namespace dicache::cuda {
 
+constexpr int64_t kLongestAxis = 65535;  // of y and z
+
+struct Grid {
+  Grid(int64_t x, int64_t y = 1, int64_t z = 1)
+      : x(static_cast<unsigned>(x)), y(static_cast<unsigned>(y)), z(static_cast<unsigned>(z)) {}
+  unsigned x, y, z;
+};
+
 template <class... Parameters>
-cudaError_t launch(cudaStream_t stream, int64_t blocks, int threads, void (*kernel)(Parameters...),
+cudaError_t launch(cudaStream_t stream, Grid grid, int threads, void (*kernel)(Parameters...),
                    const std::type_identity_t<Parameters>&... arguments) {
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(arguments...);
+  kernel<<<dim3(grid.x, grid.y, grid.z), threads, 0, stream>>>(arguments...);
   return cudaGetLastError();
 }
 
@@ -43,6 +51,12 @@ __device__ __forceinline__ void store_16_bytes(void* to, uint4 value) {
                :
                : "l"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
+}
+
+// Two numbers rounded to bf16, the first in the lower half of the word.
+__device__ __forceinline__ uint32_t pack_bfloat16(float first, float second) {
+  const __nv_bfloat162_raw both = __floats2bfloat162_rn(first, second);
+  return __builtin_bit_cast(uint32_t, both);
 }
 
 // The counter's old value; it counts up to `last` and then starts at zero again. Acquire and

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
                  void* workspace) {
   using T = typename Format::T;
   const Part part = part_of(blocks_per_sample);
-  T sums[Pass::Terms::kSums] = {};
+  typename Format::V sums[Pass::Terms::kSums] = {};
   if (arguments.samples.is_active(part.sample)) {
     Pass::template add_up<Format>(arguments, part, sums);
   }

@@ -11,9 +11,9 @@ struct ProbePass {
   using Arguments = ProbeArguments;
   using Terms = ProbeTerms<kLeastSquares, kWithInput>;
 
-  template <class Format, class T>
+  template <class Format, class V>
   static __device__ __forceinline__ void add_up(const Arguments& arguments, const Part& part,
-                                                T (&sums)[Terms::kSums]) {
+                                                V (&sums)[Terms::kSums]) {
     const int newer = arguments.samples.new_entry(part.sample);
     const Sample x = sample_of(arguments.x, part.sample);
     const Sample p = sample_of(arguments.p, part.sample);
@@ -41,11 +41,11 @@ struct ProbePass {
     const auto use = [&](auto width, int64_t index, const auto& loaded) {
       constexpr int k = decltype(width)::value;
 #pragma unroll
-      for (int i = 0; i < k; ++i) {
-        const T input = Format::value(loaded.x, i), old = Format::value(loaded.q_old, i);
-        Terms::add(sums, input, Format::value(loaded.p, i), Format::value(loaded.p_prev, i),
-                   kWithInput ? Format::value(loaded.x_prev, i) : input, old,
-                   kLeastSquares ? Format::value(loaded.q_new, i) : old);
+      for (int i = 0; i < k; i += Format::kLanes) {
+        const V input = Format::values(loaded.x, i), old = Format::values(loaded.q_old, i);
+        Terms::add(sums, input, Format::values(loaded.p, i), Format::values(loaded.p_prev, i),
+                   kWithInput ? Format::values(loaded.x_prev, i) : input, old,
+                   kLeastSquares ? Format::values(loaded.q_new, i) : old);
       }
       Format::store(p_prev, index, loaded.p);
       if constexpr (kWithInput) {

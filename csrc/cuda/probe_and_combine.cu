@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
   const unsigned before = threadIdx.x == 0 ? current_round(workspace) : 0;
   const Part part = part_of(blocks_per_sample);
   const bool is_active = arguments.samples.is_active(part.sample);
-  T sums[Pass::Terms::kSums] = {};
+  typename Format::V sums[Pass::Terms::kSums] = {};
   if (is_active) {
     Pass::template add_up<Format>(arguments, part, sums);
   }

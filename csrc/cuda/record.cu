@@ -30,8 +30,9 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
     record_kernel(const __grid_constant__ RecordArguments arguments, int64_t blocks_per_sample,
                   void* workspace) {
   using T = typename Format::T;
+  using V = typename Format::V;
   const Part part = part_of(blocks_per_sample);
-  T sums[RecordTerms::kSums] = {};
+  V sums[RecordTerms::kSums] = {};
   if (arguments.samples.is_active(part.sample)) {
     const int newer = arguments.samples.new_entry(part.sample);
     const Sample x = sample_of(arguments.x, part.sample);
@@ -58,10 +59,10 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
       constexpr int k = decltype(width)::value;
       T r[k], q[k];
 #pragma unroll
-      for (int i = 0; i < k; ++i) {
-        const T input = Format::value(loaded.x, i);
-        r[i] = Format::value(loaded.y, i) - input;
-        q[i] = Format::value(loaded.p, i) - input;
+      for (int i = 0; i < k; i += Format::kLanes) {
+        const V input = Format::values(loaded.x, i);
+        set(r, i, Format::values(loaded.y, i) - input);
+        set(q, i, Format::values(loaded.p, i) - input);
       }
       Format::round_and_store(r_slot, index, r);
       Format::round_and_store(q_slot, index, q);
@@ -70,9 +71,11 @@ __global__ void __launch_bounds__(kGpuThreads, kBlocksPerMultiprocessor)
         Format::round_and_store(q_other, index, q);
       }
 #pragma unroll
-      for (int i = 0; i < k; ++i) {
+      for (int i = 0; i < k; i += Format::kLanes) {
         // A first entry lies in both places: d is zero.
-        RecordTerms::add(sums, q[i], kFirst ? q[i] : Format::value(loaded.q_other, i), r[i]);
+        const V of_probe = get<V>(q, i);
+        const V previous = kFirst ? of_probe : Format::values(loaded.q_other, i);
+        RecordTerms::add(sums, of_probe, previous, get<V>(r, i));
       }
     };
     const bool aligned = are_aligned(x, p, y, r_slot, q_slot, r_other, q_other);

@@ -42,8 +42,14 @@ __device__ __forceinline__ void add_warps(T (&by_warp)[kWarps][kSums], T (&sums)
 
 // Stores this block's partial sums: lanes, then warps in order. True in every thread of the last
 // block to arrive.
-template <int kSums, class T>
-__device__ __forceinline__ bool publish(T (&sums)[kSums], void* workspace) {
+template <int kSums, class V>
+__device__ __forceinline__ bool publish(const V (&lanes)[kSums], void* workspace) {
+  using T = decltype(total(lanes[0]));
+  T sums[kSums];
+#pragma unroll
+  for (int sum = 0; sum < kSums; ++sum) {
+    sums[sum] = total(lanes[sum]);
+  }
   static_assert(kSums <= kMaxSums);
   __shared__ T by_warp[kWarps][kSums];
   __shared__ bool is_last;

@@ -56,7 +56,9 @@ struct Block {
   }
 
   void resume(size_t thread) {
-    blockIdx.x = static_cast<unsigned>(index);
+    blockIdx.x = static_cast<unsigned>(index % gridDim.x);
+    blockIdx.y = static_cast<unsigned>(index / gridDim.x % gridDim.y);
+    blockIdx.z = static_cast<unsigned>(index / gridDim.x / gridDim.y);
     threadIdx.x = static_cast<unsigned>(thread);
     swapcontext(&scheduler, &fibers[thread]);
   }
@@ -103,10 +105,10 @@ void wait_for_other_blocks() {
   wait_for_all_threads();
 }
 
-void run_grid(int64_t blocks, int threads, const std::function<void()>& body) {
+void run_grid(Index blocks, int threads, const std::function<void()>& body) {
   current_body = &body;
-  gridDim.x = static_cast<unsigned>(blocks);
-  for (const int64_t index : shuffled_order(blocks)) {
+  gridDim = blocks;
+  for (const int64_t index : shuffled_order(int64_t{blocks.x} * blocks.y * blocks.z)) {
     Block block(index, threads);
     current_block = &block;
     block.run();
@@ -116,7 +118,7 @@ void run_grid(int64_t blocks, int threads, const std::function<void()>& body) {
 // Shared memory is one for all blocks (`static`): none may need what it held before it waited.
 void run_resident_grid(int64_t blocks, int threads, const std::function<void()>& body) {
   current_body = &body;
-  gridDim.x = static_cast<unsigned>(blocks);
+  gridDim = {static_cast<unsigned>(blocks), 1, 1};
   std::deque<Block> waiting;
   for (const int64_t index : shuffled_order(blocks)) {
     waiting.emplace_back(index, threads);

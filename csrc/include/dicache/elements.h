@@ -1,9 +1,10 @@
 // The operators' mathematics: what one element adds to the sums, and what the sums mean.
 //
-// CPU and GPU bodies compile these same lines, with V = float or double on the GPU and a SIMD
-// vector of them on the CPU, so what the CPU tests execute is what the GPU computes. No
-// multiplication may be fused with an addition (-ffp-contract=off, --fmad=false): then y and the
-// recorded residuals are bitwise equal in every backend and in the plain PyTorch reference.
+// CPU and GPU bodies compile these same lines, with V = float, double or a pair of floats on the
+// GPU and a SIMD vector of them on the CPU, so what the CPU tests execute is what the GPU computes.
+// But for `add_product` no multiplication may be fused with an addition (-ffp-contract=off,
+// --fmad=false): then y and the recorded residuals are bitwise equal in every backend and in the
+// plain PyTorch reference.
 //
 // A body with SIMD vectors declares `V magnitude(V)`, the absolute value, before it includes this.
 #pragma once
@@ -19,6 +20,12 @@ DICACHE_INLINE constexpr int columns_of(Statistics kind) {
   return kind == Statistics::kProbe ? 5 : kind == Statistics::kAlignment ? 6 : 7;
 }
 constexpr int kMaxColumns = columns_of(Statistics::kProbeWithInput);
+
+// What a sum gains by a product. Sums agree to rounding only, so a body may fuse the two.
+template <class V>
+DICACHE_INLINE void add_product(V& sum, V a, V b) {
+  sum += a * b;
+}
 
 DICACHE_INLINE float magnitude(float value) { return fabsf(value); }
 DICACHE_INLINE double magnitude(double value) { return fabs(value); }
@@ -38,7 +45,7 @@ struct ProbeTerms {
     sums[0] += magnitude(p - p_prev);
     sums[1] += magnitude(p_prev);
     if constexpr (kLeastSquares) {
-      sums[2] += a * (q_new - q_old);
+      add_product(sums[2], a, q_new - q_old);
     } else {
       sums[2] += magnitude(a);
     }
@@ -72,10 +79,10 @@ struct AlignmentTerms {
   static DICACHE_INLINE void add(V* sums, V x, V p, V q_old, V q_new) {
     const V q = p - x;
     const V a = q - q_old;
-    sums[0] += a * a;
-    sums[1] += a * (q_new - q_old);
-    sums[2] += q * q;
-    sums[3] += p * p;
+    add_product(sums[0], a, a);
+    add_product(sums[1], a, q_new - q_old);
+    add_product(sums[2], q, q);
+    add_product(sums[3], p, p);
   }
 
   template <class T>
@@ -97,7 +104,7 @@ struct RecordTerms {
   static DICACHE_INLINE void add(V* sums, V q, V q_previous, V r) {
     const V d = q - q_previous;
     sums[0] += magnitude(d);
-    sums[1] += d * d;
+    add_product(sums[1], d, d);
     sums[2] += magnitude(r);
   }
 };

@@ -9,6 +9,8 @@ namespace dicache {
 // Elements a GPU thread takes in one step: of 16 bits, one 16-byte load.
 constexpr int kGpuVector = 8;
 constexpr int kGpuThreads = 256;
+// Elements of a block where the grid is as large as the tensor.
+constexpr int kGpuTile = 2 * kGpuThreads * kGpuVector;
 // 4 x 256 threads leave 64 registers each, enough to keep two vectors of five streams in flight.
 constexpr int kBlocksPerMultiprocessor = 4;
 
@@ -42,10 +44,9 @@ inline LaunchPlan plan_reduction(int64_t batch, int64_t size, int multiprocessor
 }
 
 // Combine and extrapolate: a thread takes sixteen elements (two vectors of bf16, four of fp32) and
-// ends, so the grid is as large as the tensor. What a thread does before its first vector costs as
-// many instructions as a vector does.
+// ends, so the grid is as large as the tensor.
 inline LaunchPlan plan_elementwise(int64_t batch, int64_t size) {
-  const int64_t per_sample = ceil_divide(size, int64_t{kGpuThreads} * kGpuVector * 2);
+  const int64_t per_sample = ceil_divide(size, int64_t{kGpuTile});
   return {per_sample, per_sample * batch, kGpuThreads, 0};
 }
 

@@ -53,7 +53,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
 namespace emulator {
 
 struct Index {
-  unsigned x;
+  unsigned x, y, z;
 };
 
 constexpr int kMaxThreads = 256;
@@ -62,7 +62,7 @@ inline Index thread, block, grid;
 
 void wait_for_all_threads();
 void wait_for_other_blocks();
-void run_grid(int64_t blocks, int threads, const std::function<void()>& body);
+void run_grid(Index blocks, int threads, const std::function<void()>& body);
 void run_resident_grid(int64_t blocks, int threads, const std::function<void()>& body);
 
 }  // namespace emulator
@@ -91,10 +91,17 @@ T __ldcg(const T* pointer) {
 
 namespace dicache::cuda {
 
+constexpr int64_t kLongestAxis = 2;  // so that three samples need two layers
+
+struct Grid : emulator::Index {
+  Grid(int64_t x, int64_t y = 1, int64_t z = 1)
+      : Index{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)} {}
+};
+
 template <class... Parameters>
-cudaError_t launch(cudaStream_t, int64_t blocks, int threads, void (*kernel)(Parameters...),
+cudaError_t launch(cudaStream_t, Grid grid, int threads, void (*kernel)(Parameters...),
                    const std::type_identity_t<Parameters>&... arguments) {
-  emulator::run_grid(blocks, threads, [&] { kernel(arguments...); });
+  emulator::run_grid(grid, threads, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 
@@ -109,6 +116,10 @@ cudaError_t launch_cooperative(cudaStream_t, int64_t blocks, int threads,
 inline void wait_for_other_blocks() { emulator::wait_for_other_blocks(); }
 
 inline void store_16_bytes(void* to, uint4 value) { std::memcpy(to, &value, sizeof(value)); }
+
+inline uint32_t pack_bfloat16(float first, float second) {
+  return __float2bfloat16_rn(first).bits | uint32_t{__float2bfloat16_rn(second).bits} << 16;
+}
 
 inline unsigned take_ticket(void* counter, unsigned last) {
   unsigned* count = static_cast<unsigned*>(counter);
