@@ -178,7 +178,7 @@ def main() -> None:
     (given.out / "operators_cpu.json").write_text(stored + "\n")
 
 
-_HOW_TO_READ = """GB/s counts the passes of the column beside it, the fewest that an operation needs;
+_HOW_TO_READ = """GB/s counts the passes of the column beside it, the fewest that are needed;
 for `published` they are those that it makes. `of copy`: of torch's `copy_` at the same tensor size,
 bytes read plus bytes written. `skipped_step` is probe_statistics and combine_residuals,
 `skipped_step_default` is alignment_statistics and combine_residuals, which `probe_and_combine` is

@@ -239,12 +239,11 @@ def probe_and_combine(
     Those of `probe_statistics` with `least_squares` where `p_prev` is given, else those of
     `alignment_statistics` with `relative_to_probe`; then `combine_residuals` without `out`.
 
+    p_prev and x_prev are overwritten, so x and `residual_window`, which are read again, must lie
+    elsewhere. What is not listed here is as for these functions.
+
     Args:
-        p_prev, x_prev: As for `probe_statistics`; overwritten, so that x and `residual_window`,
-            which are read again, must lie elsewhere.
-        residual_window: As for `combine_residuals`.
         by_sample: Whether every sample has its own gamma; else all have the batch's.
-        others: As for these functions.
 
     Returns:
         sums [B, 5, 6 or 7], result [B + 1, 2] and y [B, ...].
