@@ -14,7 +14,7 @@ from ..stats import MOST_RECORDS, StepRecord
 from .context import Context
 from .judge import COMPUTE, Decision, follow_plan, judge, judge_samples
 from .ranks import Ranks
-from .readback import Mailbox, Readback, one_number
+from .readback import Readback, one_number
 from .rules import Rules
 from .run import UNTOLD, Run, Timeline, Visit
 from .sample import sample_of
@@ -197,29 +197,7 @@ class Step:
         self._note_tokens(x)
         self._weights = self._context.weights(self.place)
         asked = self._questions()
-        copied = [each for each, _, _ in asked]
-        runs_ahead = trajectory.runs_ahead
-        runs_ahead = runs_ahead and any(gate.may_reuse() for gate in self._context.gates)
-        letter: Mailbox | None = None
-        if not self._context.is_blind:
-            promise = _promise_in(asked, x.device) if trajectory.writes_letters else None
-            if promise is not None:
-                copied.pop()
-            fills_in = runs_ahead and self._weights is None and not copied
-            numbers, self._gamma, self._queued, letter = trajectory.measure(x, p, promise, fills_in)
-            if letter is None:
-                copied.insert(0, numbers)
-        is_early = self._queued is not None
-        readback = Readback(*copied) if copied else None
-        if runs_ahead and self._queued is None:
-            self._queued = self._fill_in(trajectory, x, p)
-        answers = [] if readback is None else readback.wait()
-        found = None
-        if letter is not None:
-            found, told = letter.wait(is_early)
-            answers += [] if promise is None else [told]
-        elif not self._context.is_blind:
-            found = answers.pop(0)
+        found, answers = self._measure(trajectory, x, p, asked)
         shown = 0
         for (_, what, shows), answer in zip(asked, answers, strict=True):
             if shows(answer):
@@ -323,6 +301,35 @@ class Step:
         return self._filled_in(tokens)
 
     # --- the decision ---
+
+    def _measure(
+        self, trajectory: Trajectory, x: Tensor, p: Tensor, asked: list[Question]
+    ) -> tuple[list[list[float]] | None, list[Any]]:
+        """(error, gamma) of every sample and of the batch, and what was asked beside them.
+
+        Queues the reused tokens before it waits, where work may run ahead of the host.
+        """
+        context = self._context
+        copied = [each for each, _, _ in asked]
+        is_queued = trajectory.runs_ahead and any(gate.may_reuse() for gate in context.gates)
+        letter, promise = None, None
+        if not context.is_blind:
+            promise = _promise_in(asked, x.device) if trajectory.writes_letters else None
+            if promise is not None:
+                copied.pop()
+            fills_in = is_queued and self._weights is None and not copied
+            numbers, self._gamma, self._queued, letter = trajectory.measure(x, p, promise, fills_in)
+            if letter is None:
+                copied.insert(0, numbers)
+        is_early = self._queued is not None
+        readback = Readback(*copied) if copied else None
+        if is_queued and self._queued is None:
+            self._queued = self._fill_in(trajectory, x, p)
+        answers = [] if readback is None else readback.wait()
+        if letter is not None:
+            found, told = letter.wait(is_early)
+            return found, answers if promise is None else [*answers, told]
+        return None if context.is_blind else answers.pop(0), answers
 
     def _questions(self) -> list[Question]:
         """What is read along with the probe's numbers, in one wait. The check comes last."""
