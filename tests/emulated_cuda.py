@@ -51,39 +51,26 @@ def load() -> SimpleNamespace:
         torch.ops.load_library(path)
     namespace = torch.ops.dicache_emulated
     functions = {name: getattr(namespace, name) for name in ops.OPERATORS}
-    for name in ("combine_residuals", "extrapolate_residuals"):
-        functions[name] = _with_out(functions[name], functions[f"{name}_out"], getattr(ops, name))
-    for name in ("alignment_statistics", "probe_statistics", "probe_and_combine"):
-        like = getattr(ops, name)
-        functions[name] = _with_results(functions[name], functions[f"{name}_out"], like)
+    for name in ops.OPERATORS:
+        if f"{name}_out" in functions:
+            both = functions[name], functions[f"{name}_out"]
+            functions[name] = _with_out(*both, getattr(ops, name))
     return SimpleNamespace(**functions)
-
-
-def _with_results(make: Callable, write: Callable, like: Callable) -> Callable:
-    """The same for results that a caller gives."""
-
-    def call(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        bound = inspect.signature(like).bind(*args, **kwargs)
-        bound.apply_defaults()
-        *given, out = bound.args
-        if out is None:
-            return make(*given)
-        y = write(*given, *out)
-        return (out.sums, out.result) if y is None else (out.sums, out.result, y)
-
-    return call
 
 
 def _with_out(make: Callable, write: Callable, like: Callable) -> Callable:
     """Two operators as one function with an `out`, like the one of `dicache.ops`."""
 
-    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def call(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(like).bind(*args, **kwargs)
         bound.apply_defaults()
         *given, out = bound.args
         if out is None:
             return make(*given)
-        write(*given, out)
-        return out
+        if not isinstance(out, ops.Results):
+            write(*given, out)
+            return out
+        y = write(*given, *out)
+        return (out.sums, out.result) if y is None else (out.sums, out.result, y)
 
     return call
