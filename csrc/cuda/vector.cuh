@@ -82,7 +82,9 @@ __device__ __forceinline__ Sample sample_of(const Window& window, int entry, int
   return {static_cast<char*>(window.data) + offset * bytes_of(window.dtype), window.dtype};
 }
 
-// A part of a sample, from element `first` on. A format that knows its dtype saves the look-up.
+// A part of a sample, from element `first` on. A format that knows its dtype saves the look-up, but
+// in kernels that loop nvcc 13.0 then spends up to a sixth more instructions on a vector: they take
+// `sample_of`.
 template <class Format>
 __device__ __forceinline__ Sample tile_of(const Tokens& tokens, int64_t sample, int64_t first) {
   const int64_t offset = sample * tokens.batch_stride + first;
