@@ -163,7 +163,7 @@ def main() -> None:
             copy_rate = timing.copy_rate(size, device)
             for case in workloads.cases(device, [size]):
                 if not case.is_slow_on_cpu:
-                    rows.append(measure(case, device, copy_rate, 0.25))
+                    rows.append(measure(case, device, copy_rate, 1.0))
     load = f"{os.getloadavg()[0]:.1f} at the end, this run included"
     about = tasks.known_facts(device) | {"load": load}
     table = report.TABLES[0].markdown(

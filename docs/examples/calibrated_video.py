@@ -1,6 +1,6 @@
 """Video from a profile: calibrate once, save, and draw as fast or as exactly as you ask.
 
-    python docs/examples/calibrated_video.py --target-speedup 2.5 --out calibrated-video
+    python docs/examples/calibrated_video.py --target-speedup 2.5
 
 It draws with the small Wan that ships with the package. The real one, on a GPU; calibrating takes
 `--samples` + `--gains` runs, once a model, number of steps and size:
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2, help="un-cached runs to learn from")
     parser.add_argument("--gains", type=int, default=0, help="runs that see how far errors go")
     parser.add_argument("--target-speedup", type=float, default=2.5)
-    parser.add_argument("--out", type=Path, default=Path("calibrated-video"))
+    parser.add_argument("--out", type=Path, default=Path("dicache-output/calibrated-video"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
 

@@ -1,6 +1,6 @@
 """A ControlNet that ends in the middle of the run, with the cache and without.
 
-    python docs/examples/controlnet.py --out controlnet
+    python docs/examples/controlnet.py
 
 It draws with the small Flux that ships with the package and an untrained ControlNet, which bends
 the picture but means nothing. Real ones, on a GPU:
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--prompt", default=pipelines.default_prompts(DEMO)[0])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--end", type=float, default=0.6, help="share of the run with control")
-    parser.add_argument("--out", type=Path, default=Path("controlnet"))
+    parser.add_argument("--out", type=Path, default=Path("dicache-output/controlnet"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
 

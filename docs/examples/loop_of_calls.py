@@ -1,6 +1,6 @@
 """A loop that calls the transformer itself, as the models' original code does, without a pipeline.
 
-    python docs/examples/loop_of_calls.py --out loop-of-calls
+    python docs/examples/loop_of_calls.py
 
 Nobody tells the cache how long the run is, so `DiCacheConfig(num_inference_steps=...)` does. The
 two branches of guidance are called in turns, and told apart by their text. It runs on the small Wan
@@ -39,7 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="Wan's own is 5")
     parser.add_argument("--frames", type=int, default=81, help="of a --model's video")
-    parser.add_argument("--out", type=Path, default=Path("loop-of-calls"))
+    parser.add_argument("--out", type=Path, default=Path("dicache-output/loop-of-calls"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
 

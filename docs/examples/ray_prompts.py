@@ -1,7 +1,7 @@
 """Draw prompts with Ray Data: actors with a pipeline each, on all GPUs of a cluster.
 
     pip install --no-build-isolation ".[cli,ray]"
-    python docs/examples/ray_prompts.py --actors 2 --out ray-output
+    python docs/examples/ray_prompts.py --actors 2
 
 Without `--model` it draws with the small Flux that ships with the package, on any machine; with
 one, an image pipeline's folder or Hub name. A picture depends on its prompt and seed, not on the
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="a file with a prompt a line")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--actors", type=int, default=1, help="a GPU each, where there are any")
-    parser.add_argument("--out", type=Path, default=Path("ray-output"))
+    parser.add_argument("--out", type=Path, default=Path("dicache-output/ray-prompts"))
     given = parser.parse_args()
 
     prompts = pipelines.default_prompts(DEMO)

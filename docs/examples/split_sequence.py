@@ -1,6 +1,6 @@
 """Several processes that draw one picture: each has a part of its tokens, and they decide as one.
 
-    torchrun --nproc-per-node 2 docs/examples/split_sequence.py --out split-sequence
+    torchrun --nproc-per-node 2 docs/examples/split_sequence.py
 
 It draws with the small Flux that ships with the package, on CPUs by gloo. The real one, on GPUs:
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO, help="a pipeline's folder or Hub name")
     parser.add_argument("--prompt", default=pipelines.default_prompts(DEMO)[0])
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=Path("split-sequence"))
+    parser.add_argument("--out", type=Path, default=Path("dicache-output/split-sequence"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
 

@@ -1,6 +1,6 @@
 """Text to image with the cache, beside the same run without it.
 
-    python docs/examples/text_to_image.py --out text-to-image
+    python docs/examples/text_to_image.py
 
 It draws with the small Flux that ships with the package. The real one, on a GPU:
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--by-sample", action="store_true", help="a decision a picture")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
-    parser.add_argument("--out", type=Path, default=Path("text-to-image"))
+    parser.add_argument("--out", type=Path, default=Path("dicache-output/text-to-image"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
 
