@@ -1,5 +1,6 @@
 """A session reuses only on valid history of the same run, and holds exactly the promised memory."""
 
+import gc
 import math
 import warnings
 import weakref
@@ -14,6 +15,7 @@ from dicache.core import trajectory as trajectories
 from dicache.core.readback import Mailbox, Readback
 from dicache.core.step import Step
 from dicache.core.where import Check
+from dicache.profile import Identity
 
 ALWAYS_REUSE = {"threshold": math.inf, "retention_ratio": 0.0, "compute_last_step": False}
 
@@ -644,6 +646,33 @@ def test_reset_frees_the_state_and_keeps_the_statistics():
     assert (stats.num_computed, stats.num_resumed, stats.num_reused) == (1, 0, 2)
     run_step(session, tensors(0))
     assert actions(session) == "C"
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [ALWAYS_REUSE, ALWAYS_REUSE | {"granularity": "sample"}, {"threshold": 0.1, "profile": "auto"}],
+)
+def test_the_state_goes_with_the_last_reference_to_the_session(rules):
+    session = DiCacheSession(DiCacheConfig(num_inference_steps=30, **rules))
+    session.identity = Identity("Model", None, 9)
+    drive(session, 3)
+    step = session.step("cond")
+    buffer = weakref.ref(trajectory_of(session).store["residual_window"])
+    gc.disable()  # nothing waits for the collector
+    try:
+        del session
+        assert step.index == 3 and buffer() is not None  # a step that is open needs it
+        del step
+        assert buffer() is None
+    finally:
+        gc.enable()
+
+
+def test_a_step_keeps_its_session_which_a_new_run_may_need():
+    with DiCacheSession(DiCacheConfig(**ALWAYS_REUSE)).step("cond") as step:
+        context = step._session.timeline.restart(step._visit.run, step.where).branch.state
+        assert context is not step._context
+        step.record(*tensors(0))
 
 
 def test_state_takes_no_part_in_autograd():

@@ -19,6 +19,7 @@ missing or non-finite value all lead to a computed step.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable
 
 from torch import Tensor
@@ -69,8 +70,9 @@ class DiCacheSession:
         self.recorder: Recorder | None = None
         self.ranks = Ranks(self.rules.config.process_group)
         self.identity: Identity | None = None
+        make_context = weakref.WeakMethod(self._make_context)  # no cycle: memory goes with it
         self.timeline: Timeline[Context] = Timeline(
-            self._make_context,
+            lambda name: make_context()(name),  # type: ignore[misc]  # steps hold the session
             self.rules.config.num_inference_steps,
             ascending_timesteps=ascending_timesteps,
         )
@@ -109,7 +111,7 @@ class DiCacheSession:
                 num_steps=num_inference_steps,
                 is_last=is_last,
             )
-        return Step(self.timeline, self.rules, where)
+        return Step(self, where)
 
     @property
     def config(self) -> DiCacheConfig:

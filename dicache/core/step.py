@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from .context import Context
 from .judge import COMPUTE, Decision, follow_plan, judge, judge_samples
 from .ranks import Ranks
 from .readback import Readback, one_number
-from .rules import Rules
-from .run import UNTOLD, Run, Timeline, Visit
+from .run import UNTOLD, Run, Visit
 from .sample import sample_of
 from .trajectory import Inputs, Trajectory
 from .where import Where
+
+if TYPE_CHECKING:
+    from .session import DiCacheSession
 
 # Calls of one step are told apart by their place in it. A call is another's where its tokens are so
 # much nearer to those, and anybody's where it moved about as far as the calls lie from each other.
@@ -59,7 +61,7 @@ class Step:
         "_inputs",
         "_queued",
         "_rules",
-        "_timeline",
+        "_session",
         "_tokens",
         "_visit",
         "_weights",
@@ -73,9 +75,9 @@ class Step:
         "where",
     )
 
-    def __init__(self, timeline: Timeline[Context], rules: Rules, where: Where) -> None:
-        self._timeline, self._rules, self.where = timeline, rules, where
-        self._open(timeline.visit(where))
+    def __init__(self, session: DiCacheSession, where: Where) -> None:
+        self._session, self.where = session, where
+        self._open(session.timeline.visit(where))
 
     def _open(self, visit: Visit[Context]) -> None:
         """Be the step that this is; the only place that gives a step its attributes."""
@@ -83,7 +85,7 @@ class Step:
         self.place = visit.index + visit.run.begins_at
         self.stats = stats = visit.run.stats
         if branch is None:
-            self._context, self.name = Context(self._rules, Ranks()), UNTOLD
+            self._context, self.name = Context(self._session.rules, Ranks()), UNTOLD
         else:
             self._context, self.name = branch.state, branch.name
         if self.name not in stats.contexts:
@@ -596,7 +598,7 @@ class Step:
             self._context.note_tokens(self.where.moment, self._tokens)
         self._context.has_history = is_kept
         if self._visit.is_last and self._rules.is_hopeful:
-            self._timeline.tell_of_few_steps(self._visit.run)
+            self._session.timeline.tell_of_few_steps(self._visit.run)
 
     # --- the trajectory ---
 
@@ -611,7 +613,7 @@ class Step:
 
     def _begin_run(self) -> None:
         """This turned out to be a new run's first step: begin it, and be that step."""
-        self._open(self._timeline.restart(self._visit.run, self.where))
+        self._open(self._session.timeline.restart(self._visit.run, self.where))
 
 
 def _promise_in(asked: list[Question], device: torch.device) -> Tensor | None:

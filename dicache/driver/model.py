@@ -202,7 +202,7 @@ class CachedModel:
             # A rank's part may keep its shape where another one's changes: all know the whole.
             whole = call.arguments.get(self._parameters[0])
             where = where._replace(layout=(where.layout, *(t.shape for t in _tensors_in(whole))))
-        return Step(self.session.timeline, self.session.rules, where)
+        return Step(self.session, where)
 
     def _find_ranks(self) -> bool:
         """See who runs the blocks with us; whether it is somebody else than before.
