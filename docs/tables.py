@@ -1,7 +1,7 @@
 """Tables of the documentation that are made of files: `make families` writes them.
 
 A page has a place for one between `<!-- table NAME -->` and `<!-- end -->`. Figures are those of
-benchmarks/results/bench/*.json, families those of `dicache info --families`.
+benchmarks/results/, families those of `dicache info --families`.
 
     python docs/tables.py           # write
     python docs/tables.py --check   # say whether they are right
@@ -9,6 +9,7 @@ benchmarks/results/bench/*.json, families those of `dicache info --families`.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from dicache.bench.results import Point, Result, Spread, at_cost
 from dicache.cli.families import THRESHOLD, cell, columns, rows
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "bench"
+RESULTS = ROOT / "benchmarks" / "results"
+BENCH = RESULTS / "bench"
 MODELS = {"flux": "Flux", "hunyuan-video": "HunyuanVideo", "wan": "Wan"}
 SIBLING = 1  # costs are those of the real model's depth
 NAMES = {  # how tables call a method: its name in the files, {} being the family's preset
@@ -49,12 +51,19 @@ SETTINGS = {
     "TeaCache's rule, no polynomial": "`rel_l1_thresh`",
 }
 LEFT_OUT = ("cache-dit F1B0", "TeaCache's rule, no polynomial", "diffusers MagCache, calibrated")
+SIZES = {"flux": "FLUX 1024x1024", "wan": "Wan 2.1-1.3B 480p"}
+IMPLEMENTATIONS = {
+    "cpp": "dicache, 2 operators, 9 passes",
+    "published": "published sequence, eager: 28 operators, 48 passes",
+    "reference": "dicache's reference, eager",
+    "torch.compile": "the reference under torch.compile",
+}
 SHORT = tuple(name for name in NAMES if name not in LEFT_OUT)
 
 
 def results() -> dict[str, Result]:
     """The comparisons that are kept, by model."""
-    return {model: Result.load(RESULTS / f"{model}.json") for model in MODELS}
+    return {model: Result.load(BENCH / f"{model}.json") for model in MODELS}
 
 
 def compared(names: tuple[str, ...]) -> str:
@@ -117,12 +126,30 @@ def families() -> str:
     return _table(["", "families", "of which a test shows"], lines)
 
 
+def operators() -> str:
+    """What a skipped step takes outside of its probe block on a CPU, published rules."""
+    rows = json.loads((RESULTS / "operators_cpu.json").read_text())["rows"]
+    times = {
+        (row["size"], row["implementation"]): row["microseconds"] / 1e3
+        for row in rows
+        if row["operation"] == "skipped_step"
+    }
+    lines = []
+    for name, title in IMPLEMENTATIONS.items():
+        found = [(times.get((size, name)), times[size, "cpp"]) for size in SIZES]
+        lines.append(
+            [title, *("not measured" if t is None else _times(t, ours) for t, ours in found)]
+        )
+    return _table(["", *SIZES.values()], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "short": lambda: compared(SHORT),
     "full": lambda: compared(tuple(NAMES)),
     "flux": on_flux,
     "settings": settings,
     "families": families,
+    "operators": operators,
     **{f"thresholds {model}": lambda model=model: thresholds(model) for model in MODELS},
 }
 
@@ -183,6 +210,11 @@ def _cell(spread: Spread | None | str, best: float) -> str:
     mean = f"{spread.mean:.1f}"
     mean = f"**{mean}**" if mean == f"{best:.1f}" else mean
     return f"{mean} ({spread.tenth:.1f}, {spread.worst:.1f})"
+
+
+def _times(milliseconds: float, ours: float) -> str:
+    ratio = "" if milliseconds == ours else f", {milliseconds / ours:.1f}x"
+    return f"{milliseconds:.{1 if milliseconds < 10 else 0}f} ms{ratio}"
 
 
 def _table(heads: list[str], lines: list[list[str]]) -> str:

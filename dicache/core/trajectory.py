@@ -514,7 +514,7 @@ def _memory_order(tensor: Tensor) -> list[int]:
 
 
 _SLOW = (
-    "The cache's operators run as plain PyTorch on this {} device, up to 30 times slower than "
-    "compiled ones (a reused step at FLUX's size took 468 ms instead of 16 on a CPU): {}. "
+    "The cache's operators run as plain PyTorch on this {} device, up to 50 times slower than "
+    "compiled ones (a reused step's at FLUX's size took 210 ms instead of 4 on a CPU): {}. "
     'DiCacheConfig(backend="reference") asks for it without this warning.'
 )
