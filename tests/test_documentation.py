@@ -18,6 +18,7 @@ import typer
 from page_code import ROOT, blocks, pages
 from page_stages import STAGES, set_the_stage
 
+import dicache
 from dicache import DiCacheWarning
 from dicache.cli.app import app
 
@@ -127,6 +128,11 @@ def test_figures_are_what_the_script_draws(tmp_path: Path) -> None:
     for name in kept - {"schedule.png"}:
         ours, theirs = (texts(where / name) for where in (folder, tmp_path))
         assert ours == theirs and len(ours) > 5
+
+
+def test_the_reference_has_every_name_of_the_package() -> None:
+    told = re.findall(r"^::: dicache\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.M)
+    assert sorted(told) == sorted(dicache.__all__)
 
 
 def texts(path: Path) -> list[str]:
