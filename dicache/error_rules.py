@@ -2,7 +2,7 @@
 
 `DiCacheConfig.error` names a row. Whoever needs to know anything about an error (which operator
 computes it, what the cache has to remember for it, what a plot calls it) reads the row, so a new
-one is an operator and a row here.
+one is a row here, and an operator only where no launch has its sums.
 """
 
 from __future__ import annotations

@@ -7,17 +7,17 @@
     ops.record_residuals(x, p, y, residual_window, probe_window, newest, entry_sums, first=False)
 
 Every function is one `torch.library` operator in the namespace `dicache`, with a fake for
-torch.compile: one launch on a GPU, results stay on the device, and nothing waits for it. Notation,
-arguments and exact rules are those of `dicache.reference`, which also is the body that runs where
-no faster one does. The dispatcher takes the body by device: C++ on the CPU (`cpp`), CUDA C++ on
-NVIDIA (`cuda`), else Triton (`triton`), else the reference.
+torch.compile: one launch on a GPU (`probe_and_combine` two, where one is refused), results stay on
+the device, and nothing waits for it. Notation, arguments and exact rules are those of
+`dicache.reference`, which also is the body that runs where no faster one does. The dispatcher takes
+the body by device: C++ on the CPU (`cpp`), CUDA C++ on NVIDIA (`cuda`), else Triton (`triton`),
+else the reference.
 
 Every backend gives bitwise equal results from run to run on one machine; `combine_residuals`,
 `extrapolate_residuals` and the windows of `record_residuals` are bitwise equal between backends
-too. Sums are added in another
-order by each, so they agree to rounding. Schemas are defined here, once; csrc/ and kernels/
-implement them. Bad arguments raise `ValueError` (`RuntimeError` in the compiled bodies). No
-operator takes part in autograd.
+too. Sums are added in another order by each, so they agree to rounding. Schemas are defined here,
+once; csrc/ and kernels/ implement them. Bad arguments raise `ValueError` (`RuntimeError` in the
+compiled bodies). No operator takes part in autograd.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ another one runs would leave it waiting for ever. So ranks add up the sums of th
 then do what the first of them made of them: nothing promises that every rank gets the same last bit
 of a total, nor that what each saw of its own tokens says the same.
 
-This is the only module that calls collectives. Whether there is one in a step follows from counts
-and from what the first rank said before, which are the same everywhere.
+No other module below the command line calls collectives. Whether there is one in a step follows
+from counts and from what the first rank said before, which are the same everywhere.
 """
 
 from __future__ import annotations

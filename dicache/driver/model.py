@@ -2,9 +2,9 @@
 
 Calls are noted around the model's call, outside of its `forward`: offloading replaces a model's
 `forward` at the end of every call, and whatever wraps it is lost. A step begins where tokens enter
-block 0. On a reused step the blocks between probe and end pass their input
-through, and the last one returns x plus the approximated residual whatever it was given: residuals
-that the model adds between blocks (ControlNet) are part of y - x, and must not count twice.
+block 0. On a reused step the blocks between probe and end pass their input through, and the last
+one returns x plus the approximated residual whatever it was given: residuals that the model adds
+between blocks (ControlNet) are part of y - x, and must not count twice.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Triton bodies of the operators in `dicache.ops`: the signatures and rules of `dicache.reference`.
 
-Every function is one launch (beside allocations) and gives the same bits from run to run: the grid
+Every function is one launch (beside allocations; `probe_and_combine` two where a cooperative one
+is refused) and gives the same bits from run to run: the grid
 depends on sizes and device alone, and partial sums are added in an order fixed by their index.
 `combine_residuals`, `extrapolate_residuals` and the windows of `record_residuals` equal the
 reference bit by bit.
