@@ -1,5 +1,7 @@
 """Shared set-up: one thread and no autograd, so that tests are quick and repeat bit by bit."""
 
+import sys
+
 import pytest
 import torch
 from operator_backends import Backend, why_not
@@ -13,6 +15,16 @@ def _quiet_torch():
     with torch.no_grad():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _attention_as_before():
+    """diffusers takes a model's `set_attention_backend` for one of all models in the process."""
+    yield
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is not None:
+        usual = dispatch.AttentionBackendName(dispatch.DIFFUSERS_ATTN_BACKEND)
+        dispatch._AttentionBackendRegistry.set_active_backend(usual)
 
 
 @pytest.fixture

@@ -463,20 +463,13 @@ def test_bad_options_are_one_line(flux_folder, tmp_path, capsys):
     assert not pictures(tmp_path / "out")
 
 
-def start(*arguments, launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2")):
-    """Two processes, as a user starts them, or with another launcher."""
-    line = [sys.executable, *launcher, "-m", "dicache", *map(str, command(*arguments))]
+def start(*arguments, launcher=("torch.distributed.run", "--nproc-per-node", "2")):
+    """Two processes, as a user starts them."""
+    line = [sys.executable, "-m", *launcher, "-m", "dicache", *map(str, command(*arguments))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-
-
-def draw_apart(*arguments):
-    """`draw` in a process of its own: the last bits may depend on what tests have done to this."""
-    alone = start(*arguments, launcher=())
-    alone.communicate(timeout=240)
-    return alone.returncode
 
 
 def test_two_processes_share_the_prompts(flux_folder, tmp_path):
@@ -487,7 +480,7 @@ def test_two_processes_share_the_prompts(flux_folder, tmp_path):
     )
     running = start(flux_folder, path, tmp_path / "two", *RULES)
     out, err = running.communicate(timeout=240)
-    assert draw_apart(flux_folder, path, tmp_path / "one", *RULES) == 1
+    assert draw(flux_folder, path, tmp_path / "one", *RULES) == 1
 
     assert running.returncode != 0
     assert err.count("broken FAILED") == 1 and "0, 2/3] broken FAILED" in err
@@ -525,10 +518,10 @@ def test_a_killed_process_costs_the_picture_that_it_was_drawing(flux_folder, tmp
     assert running.returncode != 0 and not any(each.is_running() for each in workers)
 
     finished = {p: p.stat().st_mtime_ns for p in out.glob("*.png")}
-    assert draw_apart(flux_folder, path, out, *RULES) == 0
+    assert draw(flux_folder, path, out, *RULES) == 0
     kept = [p for p, at in finished.items() if p.stat().st_mtime_ns == at]
     # A picture may be there whose record was not written yet, one a process.
     assert len(finished) - len(kept) <= 2 and 3 <= len(kept) < 12
     assert len(pictures(out)) == len(manifest(out)) == 12 and partials(out) == []
-    assert draw_apart(flux_folder, path, tmp_path / "one", *RULES) == 0
+    assert draw(flux_folder, path, tmp_path / "one", *RULES) == 0
     assert pictures(out) == pictures(tmp_path / "one")
