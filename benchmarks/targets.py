@@ -1,19 +1,22 @@
 """How well are targets met? Shipped models on their shipped profiles, against un-cached pictures.
 
-    python benchmarks/targets.py --model flux --samples 16
+    python benchmarks/targets.py --model flux --samples 16 --out benchmarks/results
 
-One sample at a time, random prompts and seeds from 7000, which no profile was made with. Prints a
-row a target: expected and found block work and PSNR; the latter of the mean squared error, which is
-what is expected, and of single samples.
+One sample at a time, random prompts and seeds from 7000, which no profile was made with. A row a
+target: expected and found block work and PSNR; the latter of the mean squared error, which is what
+is expected, and of single samples. Prints them and, with --out, writes targets_MODEL.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import tasks
 import torch
 
 from dicache import DiCacheConfig, RunStats, apply_dicache, get_stats, remove_dicache
@@ -80,10 +83,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=tuple(PROFILE_STEPS), default="flux")
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with torch.inference_mode():
-        measure(args.model, args.samples, TARGETS)
+        rows = measure(args.model, args.samples, TARGETS)
+    if args.out is not None:
+        about = tasks.known_facts(torch.device("cpu"))
+        about |= {"steps": PROFILE_STEPS[args.model], "samples": args.samples}
+        stored = json.dumps({"about": about, "rows": rows}, indent=1)
+        (args.out / f"targets_{args.model}.json").write_text(stored + "\n")
 
 
 if __name__ == "__main__":

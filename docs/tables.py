@@ -143,6 +143,28 @@ def operators() -> str:
     return _table(["", *SIZES.values()], lines)
 
 
+def targets() -> str:
+    """What the shipped profiles' plans promise and keep; a plan once, at its first target."""
+    heads = ["model", "target", "computed", "block work", "expected", "of the mean error", "mean"]
+    lines = []
+    for model, title in MODELS.items():
+        found = json.loads((RESULTS / f"targets_{model}.json").read_text())
+        about, plans = found["about"], set()
+        title = f"{title}, {about['steps']} steps"
+        for row in found["rows"]:
+            if row["computed"] in plans:
+                continue
+            plans.add(row["computed"])
+            ((kind, value),) = row["target"].items()
+            named = f"{value} dB" if kind == "target_psnr" else f"{value:g}x"
+            keys = ("expected_psnr", "psnr_of_mean_error", "mean_psnr", "worst_psnr")
+            line = [title, named, str(row["computed"]), f"{row['speedup'][1]:.2f}x"]
+            line += [f"{row[key]:.1f}" for key in keys]
+            lines.append([*line, f"{row['reached']} of {about['samples']}"])
+            title = ""
+    return _table([*heads, "worst", "samples that reached what was expected"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "short": lambda: compared(SHORT),
     "full": lambda: compared(tuple(NAMES)),
@@ -150,6 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": settings,
     "families": families,
     "operators": operators,
+    "targets": targets,
     **{f"thresholds {model}": lambda model=model: thresholds(model) for model in MODELS},
 }
 
