@@ -7,6 +7,8 @@ import csv
 import io
 import math
 import re
+import sys
+from types import ModuleType
 
 import numpy
 import pipeline_folders
@@ -237,6 +239,29 @@ def test_lessons_are_made_as_they_say(lesson, steps):
     assert len(other) == steps
     assert len(other) != len(plain) or not torch.allclose(other, plain, rtol=1e-2)
     assert torch.equal(loaded(wan).transformer.patch_embedding.weight, before)
+
+
+def test_what_cache_dit_leaves_behind_harms_no_other_method(monkeypatch, bench):
+    """As its 1.5.3 does: a `forward` of its own stays, and the order of the lists is another."""
+    fake = ModuleType("cache_dit")
+    fake.DBCacheConfig = fake.TaylorSeerCalibratorConfig = lambda **_: None
+
+    def enable_cache(pipe, **_):
+        model = pipe.transformer
+        model.forward = model.forward
+        model._modules["transformer_blocks"] = model._modules.pop("transformer_blocks")
+
+    fake.enable_cache, fake.disable_cache = enable_cache, lambda pipe: None
+    monkeypatch.setitem(sys.modules, "cache_dit", fake)
+    theirs, first_block = choose(["cache-dit F1B0 with TaylorSeer", "FirstBlockCache"], ())
+    model = loaded(bench.task.subject).transformer
+    known, lists = set(vars(model)), list(model._modules)
+    before = bench.measure(first_block, 0.5)
+    known |= set(vars(model))
+    assert bench.measure(theirs, 0.5).cost == (1.0, 1.0)
+    assert set(vars(model)) == known and list(model._modules) == lists
+    after = bench.measure(first_block, 0.5)
+    assert after.cost == before.cost != (1.0, 1.0) and after.likeness == before.likeness
 
 
 def test_a_method_that_fails_says_why_and_the_others_go_on(bench, result):

@@ -11,8 +11,8 @@ import functools
 import importlib.util
 import io
 import json
-import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +26,7 @@ from diffusers import (
     SeaCacheConfig,
     TaylorSeerCacheConfig,
 )
+from torch import nn
 
 import dicache
 from dicache import DiCacheConfig, Profile, calibrate
@@ -194,6 +195,7 @@ def _teacache(pipe: Any, task: Task, threshold: float) -> Iterator[dict[str, Any
 
 @contextmanager
 def _cache_dit(taylor: bool, pipe: Any, task: Task, setting: float) -> Iterator[dict[str, Any]]:
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
     import cache_dit  # type: ignore[import-not-found, unused-ignore]
 
     # Its warm-up of 8 steps is shortened to the tenth of a run that our default retains.
@@ -204,13 +206,28 @@ def _cache_dit(taylor: bool, pipe: Any, task: Task, setting: float) -> Iterator[
         max_warmup_steps=task.subject.steps // 10,
         num_inference_steps=task.subject.steps,
     )
-    logging.getLogger("CACHE_DIT").setLevel(logging.WARNING)
     calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
-    cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
-    try:
+    with contextlib.ExitStack() as stack:
+        for model in transformers_of(pipe):
+            stack.enter_context(_put_back(model))
+        cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
+        stack.callback(cache_dit.disable_cache, pipe)
         yield {}
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Undo what a cache leaves on a model: a `forward`, say, or another order of its lists.
+
+    diffusers' FirstBlockCache takes the first list for the one that runs first.
+    """
+    plain, lists = dict(vars(model)), dict(model._modules)
+    try:
+        yield
     finally:
-        cache_dit.disable_cache(pipe)
+        for live, kept in ((vars(model), plain), (plain["_modules"], lists)):
+            live.clear()
+            live.update(kept)
 
 
 # --- Configurations of a setting ----------------------------------------------------------------
