@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from .fonts import lettering
 from .stats import StepRecord
 
 ACTION_COLORS = {"compute": "#9aa0a6", "resume": "#e8820c", "reuse": "#1f77b4"}
@@ -29,6 +31,7 @@ _ACTION_TEXTS = {
 }
 _WEIGHT_COLORS = ("#1f77b4", "#2a9d5c", "#7b3fa0")  # of w1, w2, w3
 _MOST_ROWS = 16  # of panels: a picture of a large batch would be too tall to be drawn, or read
+_TITLE_LINES = 2
 _STRIP = 0.07  # height of the colour strip, as a share of its panel
 
 
@@ -60,6 +63,9 @@ def save_schedule_plot(path: str | os.PathLike[str], title: str, rows: Sequence[
     rows = [each for row in rows if row.records for each in _by_sample(row)]
     if not rows:
         raise ValueError("there is no step to plot: the run has no cache statistics")
+    # Characters of Chinese are about twice as wide.
+    lines = textwrap.wrap(title, 100 if title.isascii() else 55)
+    title = "\n".join(lines[:_TITLE_LINES]) + (" ..." if lines[_TITLE_LINES:] else "")
     if len(rows) > _MOST_ROWS:
         title += f"\nthe first {_MOST_ROWS} of {len(rows)} branches and samples"
         rows = rows[:_MOST_ROWS]
@@ -70,9 +76,7 @@ def save_schedule_plot(path: str | os.PathLike[str], title: str, rows: Sequence[
         _draw_row(axes, row)
     _label_columns(panels, rows[0])
     _draw_head(figure, title)
-    with warnings.catch_warnings():  # a prompt may be in any script; its title shows boxes then
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def _by_sample(row: PlotRow) -> list[PlotRow]:
@@ -97,7 +101,8 @@ def _draw_row(axes: Any, row: PlotRow) -> None:
         _draw_actions(panel, records)
     texts = (f"{counts['compute']} computed", f"{counts['resume']} resumed")
     summary = ", ".join((*texts, f"{counts['reuse']} reused"))
-    axes[0].set_ylabel(f"branch {row.name!r}\n{summary}", fontsize=9, parse_math=False)
+    text, font = lettering(f"branch {row.name!r}\n{summary}")
+    axes[0].set_ylabel(text, fontproperties=FontProperties(fname=font, size=9), parse_math=False)
 
 
 def _draw_bars(panel: Any, records: Sequence[StepRecord], values: list[float | None]) -> None:
@@ -190,6 +195,8 @@ def _label_columns(panels: Any, row: PlotRow) -> None:
 
 
 def _draw_head(figure: Figure, title: str) -> None:
-    figure.suptitle(title, fontsize=13, fontweight="bold", parse_math=False)  # "$" of a prompt
+    text, font = lettering(title, bold=True)
+    properties = FontProperties(fname=font, size=13)
+    figure.suptitle(text, fontproperties=properties, parse_math=False)  # "$" of a prompt
     patches = [Patch(color=ACTION_COLORS[a], label=text) for a, text in _ACTION_TEXTS.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)

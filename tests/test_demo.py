@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
+import matplotlib
 import numpy
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from dicache import DiCacheConfig, RunStats, StepRecord, schedule_plot
 from dicache.demo import pictures, report
 from dicache.demo.runner import CacheReport, Run, Sample
+from dicache.fonts import lettering
 from dicache.likeness import quality
 
 RECORDS = [
@@ -185,13 +192,90 @@ def test_schedule_plot_of_samples_with_decisions_of_their_own(tmp_path, figures)
     assert figure.get_suptitle() == "DiCache\nthe first 16 of 20 branches and samples"
 
 
-def test_schedule_plot_takes_any_prompt_for_its_title(tmp_path, figures):
-    """Dollars are no formula, and a script that the font lacks is no matter for a warning."""
+@pytest.fixture
+def fonts(monkeypatch):
+    """matplotlib's own alone, whatever this machine has; it goes on to find what is added."""
+    own = Path(matplotlib.get_data_path())
+    ours = [each for each in fontManager.ttflist if own in Path(each.fname).parents]
+    monkeypatch.setattr(fontManager, "ttflist", ours)
+    lettering.cache_clear()
+    yield
+    lettering.cache_clear()
+
+
+def black_squares(path, characters):
+    """A font in which these characters are black squares, as wide as high."""
+    font = FontBuilder(1000)
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 1000), (1000, 1000), (1000, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    names = [".notdef", "space", "square"]
+    font.setupGlyphOrder(names)
+    font.setupCharacterMap({32: "space"} | {ord(each): "square" for each in characters})
+    blank = TTGlyphPen(None).glyph()
+    font.setupGlyf({".notdef": blank, "space": blank, "square": pen.glyph()})
+    font.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    font.setupHorizontalHeader(ascent=1000, descent=0)
+    font.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+    fontManager.addfont(path)
+
+
+def assert_fits(figure):
+    """The title is not wider than its figure."""
+    extent = figure._suptitle.get_window_extent()
+    assert 0 < extent.x0 < extent.x1 < figure.bbox.width
+
+
+def test_schedule_plot_takes_any_prompt_for_its_title(tmp_path, figures, fonts):
+    """Dollars are no formula, and a script that no font has is no matter for a warning."""
+    prompts = ["$_^$", "a fox", "狐狸 🦊", "é\ud800", "word " * 1000, "blackbird" * 99]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for number, prompt in enumerate(["$_^$", "a fox", "狐狸 🦊"]):
-            RunStats({prompt: RECORDS}).plot(tmp_path / f"{number}.png", prompt)
-    assert [figure.get_suptitle() for figure in figures][::2] == ["$_^$", "狐狸 🦊"]
+        for number, prompt in enumerate(prompts):
+            RunStats({prompt[:9]: RECORDS}).plot(tmp_path / f"{number}.png", prompt)
+    titles = [figure.get_suptitle() for figure in figures]
+    assert titles[:4] == ["$_^$", "a fox", "?? ?", "é?"]
+    for figure, title in zip(figures[4:], titles[4:], strict=True):
+        assert title.endswith(" ...") and title.count("\n") == 1
+        assert_fits(figure)
+
+
+def test_texts_are_drawn_in_a_font_that_has_them(tmp_path, figures, fonts):
+    """Of the installed ones; of several, in the one that has most of the text, and a "?"."""
+    for name, characters in {"1": "狐狸🦊", "2": "狐?", "3": "狐狸?"}.items():
+        black_squares(tmp_path / f"{name}.ttf", characters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RunStats({"cond": RECORDS}).plot(tmp_path / "s.png", "狐狸🦊" * 100)
+    title = figures[0]._suptitle
+    assert title.get_text().startswith("狐狸?狐狸?")
+    assert title.get_fontproperties().get_file() == str(tmp_path / "3.ttf")
+    assert_fits(figures[0])
+    assert figures[0].axes[0].yaxis.label.get_fontname() == "DejaVu Sans"
+
+    sample = replace(make_sample((3, 20, 20)), prompt="狐狸" * 40)
+    sheet = numpy.asarray(pictures.comparison_sheet("title", [sample]).convert("L"))
+    blank = replace(sample, prompt="")
+    plain = pictures.comparison_sheet("title", [blank])
+    # 80 squares of 14 x 14 pixels, on as many lines as the page's width needs.
+    assert plain.width == sheet.shape[1] < 80 * 14
+    ink = (sheet < 100).sum() - (numpy.asarray(plain.convert("L")) < 100).sum()
+    assert 0.8 * 80 * 14 * 14 < ink < 1.2 * 80 * 14 * 14
+
+
+def test_long_words_are_broken_where_they_must_be(fonts):
+    def pixels(text):
+        return numpy.asarray(pictures._text(text, 100))
+
+    assert pixels("one two three four five six").shape[1] <= 100
+    # A word that has no room beside another goes below it, whole where it can.
+    assert numpy.array_equal(pixels("one blackbird two"), pixels("one\nblackbird\ntwo"))
+    assert pixels("w" * 500).shape[1] <= 100 and pixels("w" * 500).shape[0] > 50 * 14
 
 
 def test_schedule_plot_needs_steps_but_not_finite_ones(tmp_path):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.font_manager import FontProperties
 
+from dicache.fonts import lettering
 from dicache.likeness import METRICS
 
 from .results import Result, Spread, at_cost
@@ -93,7 +95,10 @@ def save_plot(result: Result, path: Path) -> None:
         axis.set_xlim(1.0, 1.15 * max(result.targets))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{METRICS[metric][0]}, against un-cached")
-    figure.suptitle(f"{result.model}, {result.steps} steps")
+    text, font = lettering(
+        f"{result.model}, {result.steps} steps"
+    )  # a folder may be called anything
+    figure.suptitle(text, fontproperties=FontProperties(fname=font, size="large"), parse_math=False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path, dpi=90)

@@ -310,7 +310,7 @@ def _write_files(
     if samples[0].cached.pictures.ndim == 4:
         save_animation(folder / "animation.gif", comparison_animation(title, samples))
     first = samples[0]
-    plot_title = f"{title}: {first.prompt}, seed {first.seed}"
+    plot_title = f"{title}, seed {first.seed}: {first.prompt}"
     save_schedule_plot(folder / "schedule.png", plot_title, first.cached.plot_rows())
     data = {
         "model": summary.name,

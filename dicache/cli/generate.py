@@ -137,7 +137,7 @@ def run_generate(request: Request) -> None:
 
     def write(folder: Path) -> None:
         _write_pictures(folder, name, sample, four)
-        title = f"DiCache in {name}: {_shorten(request.prompt)}, seed {request.seed}"
+        title = f"DiCache in {name}, seed {request.seed}: {request.prompt}"
         save_schedule_plot(folder / "schedule.png", title, sample.cached.plot_rows())
         if sparse_run is not None:
             save_heads_plot(folder / "heads.png", f"Heads of {name}", [sparse_run])
@@ -388,7 +388,3 @@ def memory_errors(device: torch.device) -> Iterator[None]:
 
 def _option_name(argument: str) -> str:
     return "--steps" if argument == "num_inference_steps" else "--" + argument.replace("_", "-")
-
-
-def _shorten(prompt: str) -> str:
-    return prompt if len(prompt) <= 80 else prompt[:77] + "..."

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dicache.demo.runner import Sample
 from dicache.demo.sparse import RUNS, FourRuns
+from dicache.fonts import lettering
 
 _GAINS = (5, 10, 20, 50, 100, 200, 500, 1000)  # of a difference, so that it is seen
 SHEET_FRAMES = 8
@@ -209,7 +209,8 @@ def _grid(cells: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
 
 def _text(text: str, width: int | None = None, size: int = 14, bold: bool = False) -> Image.Image:
     """A text as a cell, wrapped to `width` pixels; without one, as wide as it is."""
-    font = _font(size, bold)
+    text, path = lettering(text, bold)
+    font = _font(path, size)
     if width is not None:
         text = "\n".join(_wrap(line, width - 8, font) for line in text.split("\n"))
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -223,18 +224,23 @@ def _text(text: str, width: int | None = None, size: int = 14, bold: bool = Fals
 
 
 def _wrap(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """Break a line between words, so that no part is wider than `width` pixels."""
+    """Break a line between words, so that no part is wider than `width` pixels, or, as in Chinese,
+    inside of one.
+    """
     parts = [""]
     for word in line.split():
         longer = f"{parts[-1]} {word}".strip()
-        if parts[-1] and font.getlength(longer) > width:
-            parts.append(word)
-        else:
+        if font.getlength(longer) <= width:
             parts[-1] = longer
+            continue
+        parts += [""] if parts[-1] else []
+        for character in word:
+            if parts[-1] and font.getlength(parts[-1] + character) > width:
+                parts.append("")
+            parts[-1] += character
     return "\n".join(parts)
 
 
 @cache
-def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+def _font(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
