@@ -26,6 +26,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _path(text: str) -> Path:
+    """No shell expands "~" in --out=~/pictures."""
+    return Path(text).expanduser()
+
+
+_PATH: dict[str, Any] = {"parser": _path, "metavar": "PATH"}
+
+Out = Annotated[Path, typer.Option(**_PATH, help="Folder for the results.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.")]
 Sparse = Annotated[
@@ -122,7 +131,7 @@ def demo(
     target_psnr: TargetPsnr = None,
     sparse: Sparse = False,
     density: Density = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-output"),
+    out: Out = Path("demo-output"),
 ) -> None:
     """Draw with the small trained models that ship with the package, without and with DiCache.
 
@@ -150,15 +159,16 @@ def generate(
     prompts: Annotated[
         Path | None,
         typer.Option(
+            **_PATH,
             help="Instead: a file, a prompt a line, or a JSON object a line with prompt, seed and "
-            "name. What is finished in --out already is skipped."
+            "name. What is finished in --out already is skipped.",
         ),
     ] = None,
     preset: Preset = None,
     threshold: Threshold = None,
     schedule: Schedule = None,
     profile: Annotated[
-        Path | None, typer.Option(help="What `dicache tune` or dicache.calibrate wrote.")
+        Path | None, typer.Option(**_PATH, help="What `dicache tune` or dicache.calibrate wrote.")
     ] = None,
     target_speedup: TargetSpeedup = None,
     target_psnr: TargetPsnr = None,
@@ -182,7 +192,7 @@ def generate(
     negative_prompt: NegativePrompt = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("dicache-output"),
+    out: Out = Path("dicache-output"),
 ) -> int:
     """Draw a prompt, or a file of them, with any supported diffusers pipeline, with DiCache.
 
@@ -229,9 +239,10 @@ def tune(
     model: Annotated[
         str, typer.Option(help="Pipeline: a Hub name, a folder, or flux, hunyuan-video or wan.")
     ],
-    out: Annotated[Path, typer.Option(help="The profile's file.")],
+    out: Annotated[Path, typer.Option(**_PATH, help="The profile's file.")],
     prompts: Annotated[
-        Path | None, typer.Option(help="A file with a prompt a line, of the kind that you draw.")
+        Path | None,
+        typer.Option(**_PATH, help="A file with a prompt a line, of the kind that you draw."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Un-cached runs.")] = 2,
     gains: Annotated[
@@ -298,10 +309,12 @@ def bench(
     steps: Steps = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of a thread each (on a CPU).")] = 1,
     profile: Annotated[
-        Path | None, typer.Option(help="Of dicache.calibrate; made on other seeds, if not given.")
+        Path | None,
+        typer.Option(**_PATH, help="Of dicache.calibrate; made on other seeds, if not given."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="For a pipeline of yours: a file, one prompt a line.")
+        Path | None,
+        typer.Option(**_PATH, help="For a pipeline of yours: a file, one prompt a line."),
     ] = None,
     height: Pixels = None,
     width: Pixels = None,
@@ -309,7 +322,7 @@ def bench(
     guidance_scale: Annotated[float | None, typer.Option(help="As the pipeline has it.")] = None,
     dtype: Annotated[str, typer.Option(help="As in generate.")] = "auto",
     device: Annotated[str, typer.Option(help="As in generate.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("dicache-bench"),
+    out: Out = Path("dicache-bench"),
 ) -> None:
     """Compare caches at equal cost: how close do they stay to the un-cached pictures?
 
@@ -329,8 +342,10 @@ def bench(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A picture, a video, or a folder.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="What A should look like.")],
+    a: Annotated[
+        Path, typer.Argument(parser=_path, metavar="A", help="A picture, a video, or a folder.")
+    ],
+    b: Annotated[Path, typer.Argument(parser=_path, metavar="B", help="What A should look like.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure how close pictures or videos are to others: PSNR, SSIM, LPIPS and VMAF.

@@ -13,7 +13,6 @@ import json
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from dicache import DiCacheConfig, DiCacheWarning, Profile, SparseVideoGenConfig
+from dicache import DiCacheConfig, Profile, SparseVideoGenConfig
 from dicache.demo.report import config_to_dict, summarize
 from dicache.demo.runner import Run, Sample
 
@@ -84,8 +83,6 @@ def run_many(request: Request, prompts: Path) -> int:
     try:
         plan = _in_all(state, lambda: _make_plan(request, prompts, state))
         with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("once", DiCacheWarning)  # not for each prompt; records keep them
             found = _in_all(state, lambda: _take_over(plan, state, stack))
             todo = broadcast_object_list([found])[0]
             missing = _draw_in_all(plan, request, todo, state)
