@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 from dataclasses import asdict
 
+import imageio.v3
 import numpy
 import pipeline_folders
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers.utils import logging
 from PIL import Image
 
 import dicache
 from dicache import DiCacheConfig, apply_dicache, get_stats
 from dicache.cli import main
+from dicache.cli.errors import InputError
+from dicache.cli.generate import (
+    Request,
+    check_arguments,
+    find_dtype,
+    refused_arguments,
+    write_output,
+)
 from dicache.driver.families import supported_families
 from dicache.ops import backend_status
 
@@ -135,7 +146,9 @@ def test_generate_writes_videos_and_keeps_branches_apart(wan_folder, tmp_path, m
     contexts = stats["transformers"]["transformer"]["stats"]["contexts"]
     assert {name: len(records) for name, records in contexts.items()} == {"cond": 5, "uncond": 5}
     for name in ("output.gif", "uncached.gif", "animation.gif"):
-        assert Image.open(tmp_path / name).n_frames == 5
+        shown = Image.open(tmp_path / name)
+        # 16 frames a second, in the hundredths of a second that a GIF has.
+        assert shown.n_frames == 5 and shown.info["duration"] == pytest.approx(1000 / 16, abs=5)
     assert (stats["summary"]["size"], stats["summary"]["frames"]) == ("64 x 64", 5)
 
 
@@ -150,6 +163,7 @@ def test_one_step_runs(flux_folder, tmp_path):
         (["--steps", "0"], ["--steps"]),
         (["--steps", "many"], ["--steps"]),
         (["--preset", "fluxx"], ["fluxx", "hunyuan-video"]),
+        (["--preset", "x" * 5000], ["xxx..."]),
         (["--threshold", "-1"], ["threshold", "-1"]),
         (["--threshold", "nan"], ["threshold", "nan"]),
         (["--schedule", "CXR"], ["schedule", "CXR"]),
@@ -168,6 +182,7 @@ def test_generate_refuses_bad_options_in_one_line(flux_folder, tmp_path, capsys,
     lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
     assert [line for line in lines if line] == lines[-1:]
     assert lines[-1].startswith("dicache: ") and all(word in lines[-1] for word in words)
+    assert len(lines[-1]) < 500
     assert not (tmp_path / "stats.json").exists()
 
 
@@ -185,11 +200,143 @@ def test_a_model_that_is_no_pipeline_is_one_line(flux_folder, tmp_path, capsys):
 
     line = one_line_of_trouble(capsys, "generate", "--model", transformer, *out)
     assert "model_index.json" in line
-    line = one_line_of_trouble(capsys, "generate", "--model", tmp_path / "missing", *out)
-    assert "neither a folder nor a Hub name" in line
+    for missing in (tmp_path / "missing", "/missing", "./missing", "~/missing", "a/b/c", "missing"):
+        line = one_line_of_trouble(capsys, "generate", "--model", missing, *out)
+        assert "neither a folder nor a Hub name" in line
     assert "file" in one_line_of_trouble(capsys, "generate", "--model", tmp_path / "file", *out)
     line = one_line_of_trouble(capsys, "generate", "--model", tmp_path / "broken", *out)
     assert "cannot load" in line
+
+
+def test_what_diffusers_logs_is_told_but_while_it_loads(tmp_path, monkeypatch, capsys):
+    """Then it is in the exception, too; later it may be about the prompt."""
+    seen = []
+
+    def refuse(*_, **__):
+        seen.append(logging.get_verbosity())
+        raise OSError("there is no such model")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+    before = logging.get_verbosity()
+    options = ["--model", "a/b", "--prompt", "x", "--out", tmp_path]
+    assert "OSError: there is no such model" in one_line_of_trouble(capsys, "generate", *options)
+    assert seen == [logging.ERROR] and logging.get_verbosity() == before < logging.ERROR
+
+
+def test_auto_is_the_gpus_dtype_or_the_cpus():
+    names = ("auto", "fp32", "fp16", "bf16", "float32", "float16", "bfloat16")
+    given = [torch.float32, torch.float16, torch.bfloat16] * 2
+    for device, auto in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        found = [find_dtype(name, torch.device(device)) for name in names]
+        assert found == [auto, *given]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--negative-prompt", "blue"], True),
+        (["--negative-prompt", "blue", "--true-cfg-scale", "1.5"], False),
+        ([], False),
+    ],
+)
+def test_a_negative_prompt_without_guidance_is_told(flux_folder, tmp_path, capsys, options, told):
+    base = ["--prompt", "x", "--steps", "1", *SIZE]
+    assert generate(flux_folder, tmp_path, *base, *options)[0] == 0
+    words = "FluxPipeline ignores --negative-prompt unless --true-cfg-scale is above 1"
+    assert (words in capsys.readouterr().err) == told
+
+
+class NeedsPicture:
+    def __call__(self, image, prompt, num_frames=1, **others): ...
+
+
+class NeedsNothing:
+    def __call__(self, output_type="pil", negative_prompt=None): ...
+
+
+def test_a_pipeline_gets_what_it_takes_and_has_to_get_what_it_needs():
+    def checked(pipe, **given):
+        return check_arguments(pipe, Request("", "x", 0, given, {}, {}))
+
+    with pytest.raises(InputError, match="NeedsPicture needs 'image'.*apply_dicache in Python"):
+        checked(NeedsPicture())
+    with pytest.raises(InputError, match="no num_inference_steps, so --steps cannot be used"):
+        checked(NeedsNothing(), num_inference_steps=3)
+    found = checked(NeedsNothing(), negative_prompt="y")
+    assert found == {"output_type": "pt", "negative_prompt": "y"}
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError])
+def test_only_what_a_pipelines_check_refuses_is_the_users_mistake(error):
+    def check_inputs():
+        raise error("no such size")
+
+    def broken():
+        raise error("a bug")
+
+    with pytest.raises(InputError, match="no such size"), refused_arguments():
+        check_inputs()
+    with pytest.raises(error, match="a bug"), refused_arguments():
+        broken()
+
+
+def test_too_little_memory_is_one_line(flux_folder, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("dicache.cli.generate.draw_cached", full)
+    assert main(["generate", "--model", str(flux_folder), "--prompt", "x"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("dicache: not enough memory on cpu; try a smaller --height")
+
+
+def test_pixels_that_are_no_numbers_are_told(flux_folder, tmp_path, monkeypatch, capsys):
+    usual = FluxPipeline.__call__
+
+    @functools.wraps(usual)
+    def spoilt(pipe, *arguments, **options):
+        result = usual(pipe, *arguments, **options)
+        result.images[0, 0, 0, 0] = torch.nan
+        return result
+
+    monkeypatch.setattr(FluxPipeline, "__call__", spoilt)
+    options = ["--model", str(flux_folder), "--out", str(tmp_path), "--steps", "1", *SIZE]
+    words = "the pipeline's output has NaN or infinite pixels"
+    assert main(["generate", "--prompt", "x", *options]) == 0
+    assert f"dicache: warning: {words}" in capsys.readouterr().err
+    (tmp_path / "prompts").write_text('{"prompt": "x", "name": "one"}')
+    assert main(["generate", "--prompts", str(tmp_path / "prompts"), *options]) == 0
+    assert f"dicache: warning: one: {words}" in capsys.readouterr().err
+    assert words in (tmp_path / "manifest.jsonl").read_text()
+
+
+def test_a_pipeline_goes_to_the_device_that_is_asked_for(flux_folder, tmp_path, monkeypatch):
+    """Before anything is drawn; a pipeline on a device that is not here."""
+    asked = []
+    monkeypatch.setattr("dicache.cli.generate.find_device", torch.device)
+    monkeypatch.setattr("dicache.cli.tune.find_device", torch.device)
+    monkeypatch.setattr("dicache.cli.many.find_device", torch.device)
+
+    def to(pipe, device):
+        asked.append(device)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(DiffusionPipeline, "to", to)
+    options = ["--model", str(flux_folder), "--device", "xpu:3"]
+    (tmp_path / "prompts").write_text("x")
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["generate", *options, "--prompt", "x", *out]) == 2
+    assert main(["generate", *options, "--prompts", str(tmp_path / "prompts"), *out]) == 2
+    assert main(["tune", *options, "--out", str(tmp_path / "p.json")]) == 2
+    assert asked == [torch.device("xpu:3")] * 3
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 48, 64), (3, 3, 50, 62)])
+def test_a_video_keeps_its_size_and_has_sixteen_frames_a_second(shape, tmp_path):
+    file = write_output(tmp_path, "film", torch.rand(shape))
+    facts = imageio.v3.immeta(tmp_path / file, plugin="FFMPEG")
+    assert file == "film.mp4" and facts["fps"] == 16
+    assert facts["size"] == (shape[3], shape[2])
 
 
 def test_an_unsupported_transformer_is_one_line(tmp_path, capsys):
@@ -269,6 +416,13 @@ def test_info_shows_every_family_and_why_a_backend_is_absent(capsys):
     assert dicache.__version__ in text and torch.__version__ in text
 
 
+def test_info_says_what_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr("dicache.cli.info._PACKAGES", ("torch", "no-such-package"))
+    assert main(["info"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["no-such-package", "not", "installed"] in lines
+
+
 def test_version_and_help(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"dicache {dicache.__version__}\n"
@@ -305,7 +459,7 @@ def test_missing_extras_name_the_extra(monkeypatch, capsys):
 
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("cli.demo", "demo.pictures", "demo.runner", "schedule_plot"):
+    for name in ("cli.demo", "demo.pictures", "demo.runner", "fonts", "schedule_plot"):
         monkeypatch.delitem(sys.modules, f"dicache.{name}", raising=False)
     assert "matplotlib" in one_line_of_trouble(capsys, "demo", "--model", "flux")
 

@@ -206,8 +206,12 @@ def test_a_preset_of_another_family_warns(preset, family, words):
     assert all(word in told[0] for word in words)
 
 
-def test_the_command_warns_once_of_a_preset(flux_folder, tmp_path, capsys):
-    assert generate(flux_folder, tmp_path, "--steps", "1", "--preset", "wan2.1", *SIZE) == 0
+@pytest.mark.parametrize("others", ["default", "ignore", "error"])
+def test_the_command_warns_once_of_a_preset(flux_folder, tmp_path, capsys, others):
+    """Whatever PYTHONWARNINGS says of other warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter(others, UserWarning)
+        assert generate(flux_folder, tmp_path, "--steps", "1", "--preset", "wan2.1", *SIZE) == 0
     assert capsys.readouterr().err.count("'wan2.1'") == 1
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +88,10 @@ def test_a_file_is_read_by_its_rules(tmp_path):
     assert jobs[2].name == "Fox 1" and jobs[1].name.startswith("blue-square-")
     assert len({job.name for job in jobs}) == 6
 
+    path.write_text(f'{{"prompt": "{"long " * 1000}", "seed": 4294967295}}')
+    (long,) = read_jobs(path, 3)
+    assert long.seed == 4294967295 and len(long.name) <= 50  # one of a file
+
     path.write_text("\n".join(lines[4:6]))  # what is left keeps its seed and name
     assert read_jobs(path, 3) == jobs[1:3]
     assert all("/" not in job.name for job in read_jobs(path, 0))
@@ -111,6 +116,7 @@ def test_a_file_is_read_by_its_rules(tmp_path):
         ('{"prompt": "x", "name": "..\\\\up"}', ["name is"]),
         ('{"prompt": "x", "name": ".partial-x"}', ["no dot"]),
         ('{"prompt": "x", "name": ""}', ["name is ''"]),
+        (r'{"prompt": "x", "name": "a\nb"}', ["name is 'a\\nb'"]),
         ('{"prompt": "x", "name": 3}', ["name is 3"]),
         (json.dumps({"prompt": "x", "name": "é" * 101}), ["200 bytes"]),
         ('{"prompt": "x", "name": "A"}\n\n{"prompt": "y", "name": "a"}', ["lines 1 and 3", "'a'"]),
@@ -132,7 +138,9 @@ def test_every_prompt_is_drawn_as_alone_and_once(flux_folder, tmp_path, capsys, 
     path.write_text('blue square\n{"prompt": "red circle", "seed": 3, "name": "red"}\n')
     assert draw(flux_folder, path, out, *RULES) == 0
 
-    printed = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr()
+    assert "red:" not in told.err  # a bar: nobody looks at one
+    printed = told.out.splitlines()
     assert len(printed) == 3 and printed[1].startswith("[2/2] red.png:")
     assert "2 drawn, 0 finished before, 0 not drawn" in printed[2]
     alone = ["--model", str(flux_folder), "--prompt", "red circle", "--seed", "3", *RULES]
@@ -201,6 +209,32 @@ def test_another_model_or_profile_makes_another_picture(tmp_path):
     assert left == [[], [job], [job]]
     Records(tmp_path, settings[1]).write_manifest([job])
     assert manifest(tmp_path) == {}
+
+    # Of the same name, too; a failure has no picture that could be replaced.
+    other = replace(job, prompt="blue square")
+    assert Records(tmp_path, settings[0]).remaining([other]) == [other]
+    assert Records(tmp_path, settings[1]).replaced([job]) == 1
+    Records(tmp_path, settings[0]).fail(job, "broken", {})
+    assert Records(tmp_path, settings[1]).replaced([job]) == 0
+
+
+def test_sparse_attention_makes_another_picture_and_another_way_to_the_model_does_not(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    pipeline_folders.save_wan(tmp_path / "wan")
+    (tmp_path / "prompts").write_text("red circle\n")
+    size = ["--num-frames", 5, "--height", 64, "--width", 64, "--steps", 2]
+    counts = []
+    for folder, options in (
+        (tmp_path / "wan", []),
+        ("wan", []),
+        ("wan", ["--sparse"]),
+        ("wan", ["--sparse", "--density", 0.5]),
+    ):
+        assert draw(folder, "prompts", "out", *size, *options) == 0
+        counts += re.findall(r"(\d) drawn", capsys.readouterr().out)
+    assert counts == ["1", "0", "1", "1"]
 
 
 def test_a_profile_counts_by_its_content(flux_folder, tmp_path, capsys):
@@ -316,6 +350,17 @@ def test_a_folder_is_for_one_run_at_a_time(flux_folder, tmp_path, capsys):
         pass
 
 
+def test_a_file_system_without_locks_is_enough(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with only_run(tmp_path):
+        assert (tmp_path / ".lock").exists()
+
+
 def test_a_prompt_that_fails_ends_nothing(flux_folder, tmp_path, capsys, monkeypatch):
     path, out = tmp_path / "prompts.txt", tmp_path / "out"
     names = ["broken", "good", "too large", "disk full"]
@@ -345,7 +390,11 @@ def test_a_prompt_that_fails_ends_nothing(flux_folder, tmp_path, capsys, monkeyp
     printed = capsys.readouterr()
     told = [line for line in printed.err.splitlines() if "FAILED" in line]
     assert told[0] == "[1/4] broken FAILED: RuntimeError: the model broke"
-    assert "not enough memory on cpu" in told[1] and "No space left" in told[2] and len(told) == 3
+    assert (
+        told[1].startswith("[3/4] too large FAILED: not enough memory on cpu")
+        and "No space left" in told[2]
+        and len(told) == 3
+    )
     assert "1 drawn, 0 finished before, 3 not drawn" in printed.out
     found = manifest(out)
     assert [*found] == names and {name for name in names if found[name]["error"]} == {*names} - {
@@ -415,7 +464,9 @@ def test_a_warning_that_is_the_same_for_all_prompts_is_told_once(flux_folder, tm
     path, out = tmp_path / "prompts.txt", tmp_path / "out"
     path.write_text("red circle\nblue square\n")
     assert draw(flux_folder, path, out, "--steps", "4", "--threshold", "0.0001", *SIZE) == 0
-    assert capsys.readouterr().err.count("None of the 4 steps") == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("None of the 4 steps") == 1
+    assert printed.out.count("4 of 4 steps computed") == 2  # some of them from the probe on
     notes = [record["notes"] for record in manifest(out).values()]
     assert len(notes) == 2 and all("None of the 4 steps" in each[0] for each in notes)
 

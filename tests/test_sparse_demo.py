@@ -185,13 +185,14 @@ def generate(folder: Path, out: Path, *options: str) -> dict[str, Any]:
     return json.loads((out / "stats.json").read_text())
 
 
-def test_generate_draws_with_both(wan_folder, tmp_path, monkeypatch):
+def test_generate_draws_with_both(wan_folder, tmp_path, monkeypatch, capsys):
     """As with both applied in Python; and with --compare all four."""
     from diffusers import DiffusionPipeline
 
     monkeypatch.setattr("dicache.cli.generate._has_ffmpeg", lambda: False)
     options = ["--sparse", "--density", "0.6", "--schedule", "CCCRC"]
     alone = generate(wan_folder, tmp_path / "alone", *options)
+    assert f"attention density {alone['density']:.3f}" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "alone").iterdir()}
     assert names == {"output.gif", "heads.png", "schedule.png", "stats.json"}
 

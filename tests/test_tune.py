@@ -110,6 +110,7 @@ def test_generate_refuses_profiles_that_do_not_fit_in_one_line(flux_folder, tmp_
     assert "there is no profile" in trouble(capsys, *base, "--target-speedup", 2)
     line = trouble(capsys, *base, "--profile", tmp_path / "missing.json")
     assert "missing.json cannot be read" in line
+    assert f"--profile {tmp_path} cannot be read" in trouble(capsys, *base, "--profile", tmp_path)
     (tmp_path / "text.json").write_text("{}")
     assert "text.json: the format is None" in trouble(
         capsys, *base, "--profile", tmp_path / "text.json"

@@ -53,6 +53,6 @@ def make_sparse_config(
             raise InputError(f"--density {density:g} needs --sparse, which was not given")
         return None
     try:
-        return SparseVideoGenConfig(density=density, block_size=block_size, stats=True)
+        return SparseVideoGenConfig(density=density, block_size=block_size)
     except ValueError as error:
         raise InputError(one_line(error)) from error
