@@ -29,7 +29,7 @@ from dicache.cli.generate import (
     write_output,
 )
 from dicache.driver.families import supported_families
-from dicache.ops import backend_status
+from dicache.ops import backend_status, build_record
 
 SIZE = ["--height", "32", "--width", "32"]
 
@@ -414,6 +414,8 @@ def test_info_shows_every_family_and_why_a_backend_is_absent(capsys):
     assert "…" not in text  # 80 characters are wide enough
     assert all(status in words for status in backend_status().values())
     assert dicache.__version__ in text and torch.__version__ in text
+    built = build_record()
+    assert not built or f"torch, at least {built['torch_stable_abi']}" in words
 
 
 def test_info_says_what_is_not_installed(monkeypatch, capsys):

@@ -162,9 +162,18 @@ def test_an_ascii_terminal_is_enough(arguments, columns, monkeypatch):
         # A name that is folded goes on below, in its own column.
         cells = [line.split("|")[1].strip() for line in lines if line.count("|") == 2]
         assert all(each.model_class in "".join(cells) for each in known)
+        assert "?" not in "".join(lines)  # nothing is cut
     if "--families" in arguments:
         names = {line.partition("|")[0].strip() for line in lines}
         assert names > {each.name for each in known if each.module == "diffusers"}
+
+
+def test_a_narrow_terminal_cuts_no_number(flux_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert generate(flux_folder, tmp_path, "--steps", "2", "--compare", *SIZE) == 0
+    table = capsys.readouterr().out.partition(str(tmp_path))[0]
+    assert max(map(len, table.splitlines())) <= 40
+    assert all(each in table for each in ("FluxPipeline", "32 x 32", "100.0 dB", "1.0000"))
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,7 @@ def test_demo_draws_by_the_rules_that_it_is_given(tmp_path, monkeypatch):
     stats = json.loads((tmp_path / "flux" / "stats.json").read_text())
     used = stats["samples"][0]["transformers"]["transformer"]["config"]
     expected = DiCacheConfig.preset("flux", threshold=0.3)
+    assert (stats["summary"]["computed"], stats["summary"]["size"]) == (2, "32 x 32")
     assert (used["threshold"], used["error"]) == (0.3, expected.error)
     assert stats["versions"]["torch"] == torch.__version__
 

@@ -109,9 +109,9 @@ def comparison_table(summaries: Sequence[Summary]) -> Table:
     if all(summary.psnr is None for summary in summaries):
         title = "DiCache"
     table = Table(title=title)
-    table.add_column("mean per run", no_wrap=True)
+    table.add_column("mean per run")
     for summary in summaries:
-        table.add_column(summary.name, justify="right")
+        table.add_column(summary.name, justify="right", no_wrap=True)
     for label, value in _ROWS:
         cells = [value(summary) for summary in summaries]
         if any(cell is not None for cell in cells):
