@@ -26,6 +26,7 @@ from dicache.bench.strip import difference, strip
 from dicache.bench.subjects import ShippedModel, loaded
 from dicache.cli import main
 from dicache.demo import pipelines
+from dicache.demo.profiles import shipped_profile
 
 FLUX = ShippedModel("flux", 8)
 CALIBRATION = range(9000, 9010)
@@ -330,6 +331,20 @@ def test_a_pipeline_of_the_users_is_benched_at_its_own_depth(tmp_path):
     assert all(
         math.isfinite(v) for p in result.curves["DiCacheConfig()"] for v in p.likeness["psnr"]
     )
+
+
+def test_a_profile_that_is_given_is_the_one_that_is_used(tmp_path, monkeypatch):
+    def unwanted(*_):
+        raise AssertionError("there is a profile already")
+
+    monkeypatch.setattr("dicache.bench.methods.profile_of", unwanted)
+    shipped_profile("flux").save(tmp_path / "mine.json")
+    options = ["--profile", str(tmp_path / "mine.json"), "--seeds", "1", "--speedups", "2"]
+    line = ["bench", "--model", "flux", *options, "--methods", "without veto"]
+    assert main([*line, "--out", str(tmp_path)]) == 0
+    result = Result.load(tmp_path / "flux.json")
+    assert list(result.curves) == ["without veto"] and not result.failures
+    assert result.about["calibration"] == str(tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize(

@@ -358,10 +358,14 @@ def test_an_unsupported_transformer_is_one_line(tmp_path, capsys):
 
 
 def test_what_the_pipeline_itself_refuses_is_one_line(wan_folder, tmp_path, capsys):
-    options = ["--prompt", "x", "--height", "33", "--out", str(tmp_path)]
-    assert main(["generate", "--model", str(wan_folder), *options]) == 2
-    error = capsys.readouterr().err
-    assert "divisible by 16" in error.splitlines()[-1] and "Traceback" not in error
+    options = ["--model", str(wan_folder), "--height", "33", "--out"]
+    for line in (
+        ["generate", "--prompt", "x", *options, str(tmp_path)],
+        ["tune", *options, str(tmp_path / "profile.json")],
+    ):
+        assert main(line) == 2
+        error = capsys.readouterr().err
+        assert "divisible by 16" in error.splitlines()[-1] and "Traceback" not in error
 
 
 def test_out_must_be_a_folder(flux_folder, tmp_path, capsys):
@@ -383,6 +387,7 @@ def test_demo_tells_and_writes_what_the_cache_did(tmp_path, capsys, monkeypatch)
     assert files == {"comparison.png", "schedule.png", "stats.json"}
     told = capsys.readouterr()
     table = told.out
+    assert "higher is closer" in " ".join(table.split())
     assert "warning" not in told.err  # of the short run that warms up, either
     assert max(len(line) for line in table.splitlines() if "│" in line) <= 80
     assert f"{stats['summary']['fewer_blocks']:.2f}x" in table and "flux" in table

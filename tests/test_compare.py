@@ -87,12 +87,31 @@ def test_folders_are_compared_name_by_name(folders, capsys, no_lpips):
     assert [row["name"] for row in data["pairs"]] == ["film.mp4", "output.png"]  # no schedule.png
     psnr = [row["psnr"] for row in data["pairs"]]
     assert data["summary"]["psnr"] == {"mean": pytest.approx(sum(psnr) / 2), "worst": min(psnr)}
-    assert data["pairs"][0]["frames"] == 6
+    assert data["pairs"][0]["frames"] == 6 and len(data["notes"]) == len({*data["notes"]})
     assert main(["compare", *map(str, folders)]) == 0
     table = capsys.readouterr().out
     lines = {line.split()[0]: line for line in table.splitlines() if line.strip()}
     assert f"{psnr[0]:.1f}" in lines["film.mp4"] and f"{min(psnr):.1f}" in lines["worst"]
     assert "no LPIPS" in table
+
+
+def test_names_may_be_in_capitals_and_the_first_missing_ones_are_told(folders, capsys, no_lpips):
+    a, b = folders
+    for folder in folders:
+        (folder / "film.mp4").unlink()
+        (folder / "output.png").rename(folder / "OUTPUT.PNG")
+        (folder / ".hidden.png").touch()
+    (row,) = measured(capsys, a, b)["pairs"]
+    assert row["name"] == "OUTPUT.PNG"
+    for name in "54321":
+        (a / f"{name}.png").touch()
+    assert f"{b} lacks 1.png, 2.png, 3.png and 2 more of {a};" in trouble(capsys, a, b)
+
+
+def test_without_a_reader_of_videos_the_extra_is_named(folders, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio.v3", None)
+    line = trouble(capsys, folders[0] / "film.mp4", folders[1] / "film.mp4")
+    assert "needs imageio" in line and "pip install 'dicache[cli]'" in line
 
 
 def test_the_worst_lpips_is_the_largest(folders, capsys, monkeypatch):

@@ -169,10 +169,10 @@ def test_an_ascii_terminal_is_enough(arguments, columns, monkeypatch):
 
 
 def test_a_narrow_terminal_cuts_no_number(flux_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", "28")
     assert generate(flux_folder, tmp_path, "--steps", "2", "--compare", *SIZE) == 0
     table = capsys.readouterr().out.partition(str(tmp_path))[0]
-    assert max(map(len, table.splitlines())) <= 40
+    assert max(map(len, table.splitlines())) <= 28
     assert all(each in table for each in ("FluxPipeline", "32 x 32", "100.0 dB", "1.0000"))
 
 

@@ -52,11 +52,13 @@ def test_a_tuned_pipeline_is_generated_from_as_fast_as_was_asked(flux_folder, tm
     assert report["config"]["target_speedup"] == 2 and "6 steps" in report["config"]["profile"]
 
 
-def test_tune_calibrates_as_python_does_on_the_prompts_of_the_file(tmp_path):
+def test_tune_calibrates_as_python_does_on_the_prompts_of_the_file(tmp_path, capsys):
     (tmp_path / "prompts").write_text("red circle center on white\nblue ring center on black\n")
     options = ["--model", "flux", "--prompts", tmp_path / "prompts", "--steps", 4, "--seed", 7]
     out = tmp_path / "p.json"
     assert main(["tune", *map(str, [*options, "--gains", 0, "--out", out])]) == 0
+    usage = f"config = DiCacheConfig(profile={str(out)!r}, target_speedup=2.5)"
+    assert usage in capsys.readouterr().out.splitlines()
 
     pipe = pipelines.load_pipeline("flux")
     prompts = ["red circle center on white", "blue ring center on black"]
