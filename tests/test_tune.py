@@ -50,6 +50,10 @@ def test_a_tuned_pipeline_is_generated_from_as_fast_as_was_asked(flux_folder, tm
     report = json.loads((drawn / "stats.json").read_text())["transformers"]["transformer"]
     assert report["stats"]["planned"] == {"cond": 3}
     assert report["config"]["target_speedup"] == 2 and "6 steps" in report["config"]["profile"]
+    options = ["--profile", out, "--target-psnr", 20, "--out", drawn]
+    assert main([str(each) for each in [*base, *options]]) == 0
+    report = json.loads((drawn / "stats.json").read_text())["transformers"]["transformer"]
+    assert report["config"]["target_psnr"] == 20
 
 
 def test_tune_calibrates_as_python_does_on_the_prompts_of_the_file(tmp_path, capsys):
