@@ -25,6 +25,7 @@ from dicache.bench.runner import Bench, compare, task_of
 from dicache.bench.strip import difference, strip
 from dicache.bench.subjects import ShippedModel, loaded
 from dicache.cli import main
+from dicache.cli.bench import numbers
 from dicache.demo import pipelines
 from dicache.demo.profiles import shipped_profile
 
@@ -318,13 +319,20 @@ def test_command_writes_all_files_and_a_page_that_needs_no_other(tmp_path):
     assert numpy.array_equal(numpy.asarray(shown), numpy.asarray(drawn))
 
 
-def test_a_pipeline_of_the_users_is_benched_at_its_own_depth(tmp_path):
+def test_speedups_are_taken_in_their_order():
+    assert numbers("3, 1.5,2,2.0") == (1.5, 2, 3)
+
+
+def test_a_pipeline_of_the_users_is_benched_at_its_own_depth(tmp_path, capsys):
     folder = pipeline_folders.save_flux(tmp_path / "mine")
     (tmp_path / "prompts.txt").write_text("red circle\n\nblue square\n")
     options = ["--prompts", str(tmp_path / "prompts.txt"), "--height", "32", "--width", "32"]
     options += ["--steps", "6", "--seeds", "2", "--speedups", "1.5", "--methods", "DiCacheConfig()"]
     out = tmp_path / "out"
-    assert main(["bench", "--model", str(folder), *options, "--out", str(out)]) == 0
+    line = ["bench", "--model", str(folder), *options, "--out", str(out)]
+    assert main([*line, "--jobs", "2"]) == 2
+    assert "--jobs is for the shipped models" in capsys.readouterr().err.splitlines()[-1]
+    assert main(line) == 0
     result = Result.load(out / "mine.json")
     assert result.sibling is None and result.depths == (9, 9)
     assert list(result.curves) == ["DiCacheConfig()"]
@@ -340,10 +348,11 @@ def test_a_profile_that_is_given_is_the_one_that_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr("dicache.bench.methods.profile_of", unwanted)
     shipped_profile("flux").save(tmp_path / "mine.json")
     options = ["--profile", str(tmp_path / "mine.json"), "--seeds", "1", "--speedups", "2"]
-    line = ["bench", "--model", "flux", *options, "--methods", "without veto"]
-    assert main([*line, "--out", str(tmp_path)]) == 0
+    for method in ("fewer steps", "without veto"):  # what is there stays
+        line = ["bench", "--model", "flux", *options, "--methods", method]
+        assert main([*line, "--out", str(tmp_path)]) == 0
     result = Result.load(tmp_path / "flux.json")
-    assert list(result.curves) == ["without veto"] and not result.failures
+    assert {*result.curves} == {"fewer steps", "without veto"} and not result.failures
     assert result.about["calibration"] == str(tmp_path / "mine.json")
 
 
