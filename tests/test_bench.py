@@ -319,8 +319,20 @@ def test_command_writes_all_files_and_a_page_that_needs_no_other(tmp_path):
     assert numpy.array_equal(numpy.asarray(shown), numpy.asarray(drawn))
 
 
+def test_a_bench_of_which_nothing_ran_ends_in_a_line(tmp_path, monkeypatch, capsys):
+    def compared(bench, methods, result):
+        result.failures["fewer steps"] = "RuntimeError: no luck"
+        yield "fewer steps"
+
+    monkeypatch.setattr("dicache.cli.bench.compare", compared)
+    options = ["--steps", "4", "--seeds", "1", "--methods", "fewer steps", "--out", str(tmp_path)]
+    assert main(["bench", "--model", "flux", *options]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "dicache: no method ran: RuntimeError: no luck"
+
+
 def test_speedups_are_taken_in_their_order():
-    assert numbers("3, 1.5,2,2.0") == (1.5, 2, 3)
+    assert numbers("9, 3,1.5,3.0") == (1.5, 3, 9)
 
 
 def test_a_pipeline_of_the_users_is_benched_at_its_own_depth(tmp_path, capsys):
