@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import platform
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict
 
 import imageio.v3
@@ -20,7 +22,7 @@ from PIL import Image
 import dicache
 from dicache import DiCacheConfig, apply_dicache, get_stats
 from dicache.cli import main
-from dicache.cli.errors import InputError
+from dicache.cli.errors import InputError, one_line, plain_warnings
 from dicache.cli.generate import (
     Request,
     check_arguments,
@@ -208,7 +210,7 @@ def test_a_model_that_is_no_pipeline_is_one_line(flux_folder, tmp_path, capsys):
     assert "cannot load" in line
 
 
-def test_what_diffusers_logs_is_told_but_while_it_loads(tmp_path, monkeypatch, capsys):
+def test_what_diffusers_logs_is_told_but_while_it_loads(tmp_path, monkeypatch, capsys, request):
     """Then it is in the exception, too; later it may be about the prompt."""
     seen = []
 
@@ -218,9 +220,11 @@ def test_what_diffusers_logs_is_told_but_while_it_loads(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
     before = logging.get_verbosity()
+    request.addfinalizer(lambda: logging.set_verbosity(before))
+    logging.set_verbosity_info()
     options = ["--model", "a/b", "--prompt", "x", "--out", tmp_path]
     assert "OSError: there is no such model" in one_line_of_trouble(capsys, "generate", *options)
-    assert seen == [logging.ERROR] and logging.get_verbosity() == before < logging.ERROR
+    assert seen == [logging.ERROR] and logging.get_verbosity() == logging.INFO
 
 
 def test_auto_is_the_gpus_dtype_or_the_cpus():
@@ -366,6 +370,10 @@ def test_what_the_pipeline_itself_refuses_is_one_line(wan_folder, tmp_path, caps
         assert main(line) == 2
         error = capsys.readouterr().err
         assert "divisible by 16" in error.splitlines()[-1] and "Traceback" not in error
+    (tmp_path / "prompts").write_text("x\n")
+    line = ["generate", "--prompts", str(tmp_path / "prompts"), *options, str(tmp_path)]
+    assert main(line) == 1
+    assert " FAILED: `height` and `width` have to be" in capsys.readouterr().err
 
 
 def test_out_must_be_a_folder(flux_folder, tmp_path, capsys):
@@ -389,6 +397,7 @@ def test_demo_tells_and_writes_what_the_cache_did(tmp_path, capsys, monkeypatch)
     table = told.out
     assert "higher is closer" in " ".join(table.split())
     assert "warning" not in told.err  # of the short run that warms up, either
+    assert table.split("\n")[0].strip() == "DiCache against the same runs without it"
     assert max(len(line) for line in table.splitlines() if "│" in line) <= 80
     assert f"{stats['summary']['fewer_blocks']:.2f}x" in table and "flux" in table
     assert [sample["seed"] for sample in stats["samples"]] == [5, 6]
@@ -416,6 +425,11 @@ def test_info_shows_every_family_and_why_a_backend_is_absent(capsys):
         for family in supported_families()
         if family.preset and family.module == "diffusers"
     )
+    assert all(
+        f" {family.name} {family.model_class} {family.default_threshold:g} " in f"{words} "
+        for family in supported_families()
+    )
+    assert f" cpu {platform.machine()}, {torch.get_num_threads()} threads " in words
     assert "…" not in text  # 80 characters are wide enough
     assert all(status in words for status in backend_status().values())
     assert dicache.__version__ in text and torch.__version__ in text
@@ -469,6 +483,12 @@ def test_missing_extras_name_the_extra(monkeypatch, capsys):
     for name in ("cli.demo", "demo.pictures", "demo.runner", "fonts", "schedule_plot"):
         monkeypatch.delitem(sys.modules, f"dicache.{name}", raising=False)
     assert "matplotlib" in one_line_of_trouble(capsys, "demo", "--model", "flux")
+
+
+def test_other_warnings_stay_as_they_are_and_an_error_without_words_has_its_name():
+    with pytest.warns(UserWarning, match="of a library"), plain_warnings():
+        warnings.warn("of a library", stacklevel=1)
+    assert one_line(KeyError()) == "KeyError"
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):

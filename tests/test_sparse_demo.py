@@ -238,8 +238,9 @@ def test_what_cannot_be_sparse_is_refused_in_one_line(tmp_path, capsys):
     out = ["--out", tmp_path / "out"]
     line = one_line_of_trouble(capsys, "demo", "--model", "flux", "--sparse", *out)
     assert "flux" in line and "hunyuan-video or wan" in line
-    line = one_line_of_trouble(capsys, "demo", "--density", "0.3", *out)
-    assert "--density 0.3 needs --sparse" in line
+    for density in ("0.3", "0"):
+        line = one_line_of_trouble(capsys, "demo", "--density", density, *out)
+        assert f"--density {density} needs --sparse" in line
     line = one_line_of_trouble(capsys, "demo", "--sparse", "--density", "1.5", *out)
     assert "density is 1.5" in line and "up to 1" in line
     base = ["generate", "--model", "x/y", "--prompt", "x", *out]
