@@ -21,7 +21,7 @@ from PIL import Image
 
 import dicache
 from dicache import DiCacheConfig, apply_dicache, get_stats
-from dicache.cli import main
+from dicache.cli import main, many, tune
 from dicache.cli.errors import InputError, one_line, plain_warnings
 from dicache.cli.generate import (
     Request,
@@ -318,8 +318,8 @@ def test_a_pipeline_goes_to_the_device_that_is_asked_for(flux_folder, tmp_path, 
     """Before anything is drawn; a pipeline on a device that is not here."""
     asked = []
     monkeypatch.setattr("dicache.cli.generate.find_device", torch.device)
-    monkeypatch.setattr("dicache.cli.tune.find_device", torch.device)
-    monkeypatch.setattr("dicache.cli.many.find_device", torch.device)
+    monkeypatch.setattr(tune, "find_device", torch.device)
+    monkeypatch.setattr(many, "find_device", torch.device)
 
     def to(pipe, device):
         asked.append(device)
