@@ -26,7 +26,7 @@ def lettering(text: str, bold: bool = False) -> tuple[str, Path]:
     lacking = _lacking(path, codes)
     if lacking:
         others = [
-            (abs(int(each.weight) - _WEIGHTS[bold]), each.fname)  # words are of no TrueType font
+            (abs(int(each.weight) - _WEIGHTS[bold]), each.fname)  # of these files, a number
             for each in fontManager.ttflist
             if each.style == "normal"
             and not each.name.replace(" ", "").strip(".").lower().startswith(_LAST_RESORT)

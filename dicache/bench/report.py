@@ -95,9 +95,8 @@ def save_plot(result: Result, path: Path) -> None:
         axis.set_xlim(1.0, 1.15 * max(result.targets))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{METRICS[metric][0]}, against un-cached")
-    text, font = lettering(
-        f"{result.model}, {result.steps} steps"
-    )  # a folder may be called anything
+    # A user's folder may be called anything.
+    text, font = lettering(f"{result.model}, {result.steps} steps")
     figure.suptitle(text, fontproperties=FontProperties(fname=font, size="large"), parse_math=False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
