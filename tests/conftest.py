@@ -27,22 +27,6 @@ def _attention_as_before():
         dispatch._AttentionBackendRegistry.set_active_backend(usual)
 
 
-@pytest.fixture(scope="module")
-def flux_folder(tmp_path_factory):
-    """A saved Flux pipeline. Imports wait: not every test has diffusers."""
-    import pipeline_folders
-
-    return pipeline_folders.save_flux(tmp_path_factory.mktemp("pipelines") / "flux")
-
-
-@pytest.fixture(scope="module")
-def wan_folder(tmp_path_factory):
-    """A saved Wan pipeline."""
-    import pipeline_folders
-
-    return pipeline_folders.save_wan(tmp_path_factory.mktemp("pipelines") / "wan")
-
-
 @pytest.fixture
 def plain_flex_attention(monkeypatch):
     """Sparse attention is the same mask in plain arithmetic, in eager code."""

@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 import imageio.v3
 import numpy
+import pipeline_folders
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
@@ -33,6 +34,16 @@ from dicache.driver.families import supported_families
 from dicache.ops import backend_status, build_record
 
 SIZE = ["--height", "32", "--width", "32"]
+
+
+@pytest.fixture(scope="module")
+def flux_folder(tmp_path_factory):
+    return pipeline_folders.save_flux(tmp_path_factory.mktemp("pipelines") / "flux")
+
+
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory):
+    return pipeline_folders.save_wan(tmp_path_factory.mktemp("pipelines") / "wan")
 
 
 def generate(folder, out, *options):

@@ -31,6 +31,11 @@ from dicache.driver.families import supported_families
 SIZE = ["--height", "32", "--width", "32"]
 
 
+@pytest.fixture(scope="module")
+def flux_folder(tmp_path_factory):
+    return pipeline_folders.save_flux(tmp_path_factory.mktemp("pipelines") / "flux")
+
+
 def generate(folder, out, *options):
     arguments = ["--model", folder, "--prompt", "red circle", "--out", out, *options]
     return main(["generate", *map(str, arguments)])

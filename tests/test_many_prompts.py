@@ -32,6 +32,11 @@ SIZE = ["--height", "32", "--width", "32"]
 RULES = ["--steps", "5", "--schedule", "CCRRC", *SIZE]
 
 
+@pytest.fixture(scope="module")
+def flux_folder(tmp_path_factory):
+    return pipeline_folders.save_flux(tmp_path_factory.mktemp("pipelines") / "flux")
+
+
 def command(folder, prompts, out, *options):
     return ["generate", "--model", folder, "--prompts", prompts, "--out", out, *options]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 
+import pipeline_folders
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -31,6 +32,11 @@ ARGUMENTS = {
     "true_cfg_scale": 2.5,
     "negative_prompt": "blue",
 }
+
+
+@pytest.fixture(scope="module")
+def flux_folder(tmp_path_factory):
+    return pipeline_folders.save_flux(tmp_path_factory.mktemp("pipelines") / "flux")
 
 
 @pytest.fixture

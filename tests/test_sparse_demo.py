@@ -48,6 +48,11 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)  # which the demo sets
 
 
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline_folders.save_wan(tmp_path_factory.mktemp("pipelines") / "wan")
+
+
 def attention_run(records: list[AttentionRecord]) -> Run:
     return Run(torch.zeros(2, 3, 16, 16), 1.0, {}, {"t": SparseVideoGenStats({"cond": records})})
 

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import pipeline_folders
 import pytest
 import torch
 from tiny_pipelines import pipeline, run
@@ -17,6 +18,11 @@ from dicache.demo.profiles import PROFILE_STEPS, shipped_profile
 from dicache.profiling import expect
 
 SIZE = ["--height", "32", "--width", "32"]
+
+
+@pytest.fixture(scope="module")
+def flux_folder(tmp_path_factory):
+    return pipeline_folders.save_flux(tmp_path_factory.mktemp("pipelines") / "flux")
 
 
 def test_a_tuned_pipeline_is_generated_from_as_fast_as_was_asked(flux_folder, tmp_path, capsys):
